@@ -1,0 +1,56 @@
+"""Explain models that compare images, inside Captum and pytorch-grad-cam.
+
+* :class:`SimilarityModel` makes an encoder and its references a model whose classes are the
+  references, for every Captum and pytorch-grad-cam tool.
+* :class:`fam_plugins.captum.LayerFam` and :class:`fam_plugins.grad_cam.FAM` are the Feature
+  Activation Map (arXiv 2307.05017) and its sibling rules in the two tools' own form.
+
+The two tools load on first use of their adapter; importing this package loads neither.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fam_plugins import captum, grad_cam
+    from fam_plugins.captum import LayerFam
+    from fam_plugins.grad_cam import FAM, SimilarityTarget
+    from fam_plugins.references import prototypes
+    from fam_plugins.similarity import frozen_scores
+    from fam_plugins.similarity_model import SimilarityModel
+
+__all__ = [
+    "FAM",
+    "LayerFam",
+    "SimilarityModel",
+    "SimilarityTarget",
+    "captum",
+    "frozen_scores",
+    "grad_cam",
+    "prototypes",
+]
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "FAM": "grad_cam",
+    "LayerFam": "captum",
+    "SimilarityModel": "similarity_model",
+    "SimilarityTarget": "grad_cam",
+    "frozen_scores": "similarity",
+    "prototypes": "references",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    if name in ("captum", "grad_cam"):
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,95 @@
+"""The two private functions of Captum that a LayerAttribution cannot do without.
+
+Captum's own methods call them to feed a model and to select targets, and its tests check for
+their errors. They are the same in Captum 0.7 to 0.9.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from operator import index
+from typing import Any
+
+from captum._utils.common import _run_forward, _select_targets
+from torch import Tensor
+
+__all__ = ["run_forward", "select_scores"]
+
+
+def run_forward(forward_func: Callable[..., Any], inputs: Any, additional_forward_args: Any) -> Any:
+    """Call ``forward_func`` as every Captum method does."""
+    return _run_forward(forward_func, inputs, None, additional_forward_args)
+
+
+def select_scores(output: Any, target: Any) -> Tensor:
+    """Select one score an image, with Captum's rules for targets.
+
+    Args:
+        output: What the model returned, ``[B]`` or ``[B, ...]``.
+        target: Captum's target: ``None``, an int, a tuple, a list or a tensor of ints.
+
+    Returns:
+        ``[B]``; a model that returns one number for the whole batch keeps it.
+
+    Raises:
+        AssertionError: On a bad target, as Captum's own methods.
+        TypeError: If the output is not a tensor.
+    """
+    if not isinstance(output, Tensor):
+        raise TypeError(
+            f"the model returns a {type(output).__name__}, not a tensor: pass a function that "
+            "picks the scores out of it, such as lambda x: model(x)['logits']"
+        )
+    target = _plain(target)
+    _check_range(output, target)
+    try:
+        scores: Tensor = _select_targets(output, target)
+    except (IndexError, TypeError, RuntimeError) as error:
+        raise AssertionError(
+            f"target {target!r} does not fit an output of shape {tuple(output.shape)}: {error}"
+        ) from error
+    if scores.dim() > 0 and scores[0].numel() != 1:
+        raise AssertionError(
+            f"the output has shape {tuple(output.shape)}, which is more than one score an image: "
+            "pass target=, the index of the class or reference to explain"
+        )
+    return scores.reshape(len(scores)) if scores.dim() > 0 else scores
+
+
+def _plain(target: Any) -> Any:
+    """Numpy's integers stand for Python's; everything else is as it is."""
+    if target is None or isinstance(target, (int, tuple, list, Tensor)):
+        return target
+    try:
+        return index(target)
+    except TypeError:
+        raise AssertionError(
+            f"target {target!r} is a {type(target).__name__}: pass an int, a tensor of ints [B], "
+            "a list of ints, or tuples of ints"
+        ) from None
+
+
+def _check_range(output: Tensor, target: Any) -> None:
+    """Refuse an index that torch would report badly: on CUDA, by killing the process."""
+    if isinstance(target, Tensor):
+        if target.is_floating_point() or target.is_complex():
+            raise AssertionError(f"target has dtype {target.dtype}: pass integers (target.long())")
+        if target.numel() == 1:
+            chosen, lowest = [int(target)], -1
+        else:
+            chosen, lowest = target.flatten().tolist(), 0
+    elif isinstance(target, int):
+        chosen, lowest = [target], -1
+    elif isinstance(target, list) and all(isinstance(t, int) for t in target):
+        chosen, lowest = target, 0
+    else:
+        return
+    if output.dim() < 2:
+        return
+    count = output.shape[1]
+    wrong = [t for t in chosen if not (lowest * count) <= t < count]
+    if wrong:
+        raise AssertionError(
+            f"target {wrong[0]} is out of range: the model has {count} outputs, "
+            f"so targets go from 0 to {count - 1}"
+        )

@@ -1,0 +1,237 @@
+"""FAM as a Captum layer attribution: swap ``LayerGradCam`` for ``LayerFam``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+try:
+    from captum.attr import LayerAttribution
+    from captum.log import log_usage
+except ImportError as error:
+    raise ImportError("fam_plugins.captum needs Captum: pip install captum") from error
+
+from fam_plugins._captum_internals import run_forward, select_scores
+from fam_plugins.layer_pass import LayerTensors, find_layer
+from fam_plugins.rule_pass import RulePass
+from fam_plugins.rules import Rule, find_rule
+
+__all__ = ["LayerFam"]
+
+TensorOrTensors = Tensor | tuple[Tensor, ...]
+
+
+class LayerFam(LayerAttribution):
+    """Feature Activation Map of a layer: which regions make an image score as it does.
+
+    A drop-in for :class:`captum.attr.LayerGradCam`: same arguments, same shapes, same targets.
+    With a :class:`~fam_plugins.SimilarityModel`, ``target=j`` explains the similarity to reference
+    ``j``. With any other model it explains that model's own output at ``target``.
+
+    It takes one forward pass. Only what follows the layer is differentiated, nothing before the
+    layer is kept, and no parameter receives a gradient. Sources: FAM (arXiv 2307.05017) for the
+    rule ``"fam"``, Grad-CAM (arXiv 1610.02391) for ``"gradcam"``; the Euclidean form is ours.
+
+    Args:
+        forward_func: The model, or any function of it, as for every Captum method.
+        layer: The layer whose output is the feature map ``[B, C, h, w]`` (2 to 5 dimensions
+            work), or its name. The layer that is pooled into the embedding gives exact maps.
+        device_ids: Accepted as in Captum; maps are computed on one device.
+        rule: ``"fam"`` (published; channel weights in [0, 1], no ReLU), ``"additive"`` (signed;
+            sums to the score), ``"centred"`` (``additive`` minus its mean; the best rule for
+            finding what matches), ``"gradcam"`` (as ``LayerGradCam``).
+        activation_transform: Rearranges what the layer gives into ``[B, C, ...]`` for layers that
+            put channels last: tokens ``[B, T, C]`` or Swin's ``[B, h, w, C]``. It must only
+            move, select or reshape values, because the gradient goes through it too.
+
+    Raises:
+        ValueError: If there is no such rule.
+
+    Example:
+        >>> import torch
+        >>> from fam_plugins import SimilarityModel
+        >>> encoder = nn.Sequential(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        >>> model = SimilarityModel(encoder, torch.eye(3))
+        >>> explainer = LayerFam(model, encoder[0], rule="additive")
+        >>> maps, delta = explainer.attribute(
+        ...     torch.rand(2, 3, 4, 4), target=1, return_convergence_delta=True
+        ... )
+        >>> maps.shape, delta.shape
+        (torch.Size([2, 1, 4, 4]), torch.Size([2]))
+    """
+
+    def __init__(
+        self,
+        forward_func: Callable[..., Any],
+        layer: nn.Module | str,
+        device_ids: list[int] | None = None,
+        *,
+        rule: str = "fam",
+        activation_transform: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        super().__init__(forward_func, layer, device_ids)
+        find_rule(rule)
+        self.rule = rule
+        self.activation_transform = activation_transform
+
+    @log_usage()
+    def attribute(
+        self,
+        inputs: TensorOrTensors,
+        target: Any = None,
+        additional_forward_args: Any = None,
+        attribute_to_layer_input: bool = False,
+        relu_attributions: bool = False,
+        attr_dim_summation: bool = True,
+        grad_kwargs: dict[str, Any] | None = None,
+        *,
+        return_convergence_delta: bool = False,
+    ) -> Any:
+        """Explain each image's score at ``target``.
+
+        Args:
+            inputs: Images ``[B, ...]``, or a tuple of tensors for models that take several.
+            target: Which output to explain: an int for all images, or a list or tensor of one
+                index an image; tuples for outputs of more dimensions. ``None`` if the model
+                returns one number an image.
+            additional_forward_args: Further arguments of the model.
+            attribute_to_layer_input: Explain the input of the layer instead of its output.
+            relu_attributions: Set negative values to zero.
+            attr_dim_summation: Sum over the channels; ``False`` keeps the full layer shape.
+            grad_kwargs: Passed on to :func:`torch.autograd.grad`.
+            return_convergence_delta: With ``rule="additive"``: also return how far each map is
+                from adding up, at the price of a second forward pass.
+
+        Returns:
+            Maps ``[B, 1, h, w]`` (``[B, 1]`` for a ``[B, F]`` layer), signed and not normalised,
+            on the layer's device and in its dtype; a tuple if the layer gives several tensors.
+            With ``return_convergence_delta`` a pair of that and ``[B]``: the map's sum plus the
+            constant term, minus the frozen score; zero to rounding where all behind the layer is
+            linear, otherwise the size of the first-order error.
+
+        Raises:
+            AssertionError: On a bad target, or a layer that does not run.
+            RuntimeError: If the layer runs twice, or the score does not depend on it.
+            TypeError: If the layer or the model gives something other than tensors.
+            ValueError: On an empty batch, an unknown layer name, a transform that gives another
+                shape than ``[B, C, ...]``, or a delta asked of a rule that does not add up.
+
+        Warns:
+            UserWarning: If rule ``"fam"`` meets a contrast set.
+        """
+        rule = find_rule(self.rule)
+        if return_convergence_delta:
+            _check_adds_up(rule)
+        batch = _batch_size(inputs)
+        one, forward = self._prepare(inputs, additional_forward_args, attribute_to_layer_input)
+        output = one.run(forward)
+        scores = select_scores(output, target)
+        (gradients,) = one.gradients(lambda: select_scores(output, target), **(grad_kwargs or {}))
+        (activations,) = one.activations
+        maps = tuple(
+            rule.map(
+                self._as_map(activation, batch),
+                self._as_map(gradient, batch),
+                sum_channels=attr_dim_summation,
+            ).contiguous()
+            for activation, gradient in zip(activations, gradients, strict=True)
+        )
+        shown = tuple(F.relu(part) for part in maps) if relu_attributions else maps
+        result = shown if len(shown) > 1 else shown[0]
+        if not return_convergence_delta:
+            return result
+        constant = one.constant(lambda: select_scores(forward(), target))
+        return result, _total(maps) + constant - scores.detach()
+
+    def has_convergence_delta(self) -> bool:
+        """Whether maps add up to the score: under the rule ``"additive"``."""
+        return find_rule(self.rule).adds_up
+
+    def compute_convergence_delta(
+        self,
+        attributions: TensorOrTensors,
+        inputs: TensorOrTensors,
+        target: Any = None,
+        additional_forward_args: Any = None,
+        attribute_to_layer_input: bool = False,
+    ) -> Tensor:
+        """How far maps of :meth:`attribute` are from adding up; two forward passes.
+
+        Args:
+            attributions: Maps under the rule ``"additive"``.
+            inputs: The images they explain, and so on as for :meth:`attribute`.
+            target: As for :meth:`attribute`.
+            additional_forward_args: As for :meth:`attribute`.
+            attribute_to_layer_input: As for :meth:`attribute`.
+
+        Returns:
+            ``[B]``, in the units of the score.
+
+        Raises:
+            ValueError: If the rule does not add up; and as for :meth:`attribute`.
+        """
+        _check_adds_up(find_rule(self.rule))
+        one, forward = self._prepare(inputs, additional_forward_args, attribute_to_layer_input)
+        scores = select_scores(one.run(forward), target).detach()
+        constant = one.constant(lambda: select_scores(forward(), target))
+        return _total(_tuple(attributions)) + constant - scores
+
+    def attribute_future(self, *_args: Any, **_kwargs: Any) -> None:
+        """Not offered.
+
+        Raises:
+            NotImplementedError: Always.
+        """
+        raise NotImplementedError("LayerFam has no asynchronous form: call attribute")
+
+    def _prepare(
+        self, inputs: TensorOrTensors, additional_forward_args: Any, at_input: bool
+    ) -> tuple[RulePass, Callable[[], Any]]:
+        layer, name = find_layer(self.forward_func, self.layer)
+        one = RulePass([layer], [name], find_rule(self.rule), at_input=at_input)
+        return one, lambda: run_forward(self.forward_func, inputs, additional_forward_args)
+
+    def _as_map(self, tensor: Tensor, batch: int) -> Tensor:
+        if self.activation_transform is not None:
+            tensor = self.activation_transform(tensor)
+            if not isinstance(tensor, Tensor) or tensor.dim() < 2 or len(tensor) != batch:
+                shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+                raise ValueError(
+                    f"activation_transform gives {shape}, not [{batch}, C, ...]: it must keep the "
+                    "batch first and put the channels second"
+                )
+        elif tensor.dim() < 2:
+            raise ValueError(
+                f"the layer gives shape {tuple(tensor.shape)}: a map needs [B, C, ...]"
+            )
+        return tensor
+
+
+def _check_adds_up(rule: Rule) -> None:
+    if not rule.adds_up:
+        raise ValueError(
+            f'rule "{rule.name}" does not add up to the score, so it has no convergence delta: '
+            'use LayerFam(..., rule="additive")'
+        )
+
+
+def _tuple(tensors: TensorOrTensors) -> LayerTensors:
+    return tensors if isinstance(tensors, tuple) else (tensors,)
+
+
+def _total(maps: LayerTensors) -> Tensor:
+    """The sum of each image's maps, ``[B]``."""
+    total: Tensor = sum(part.flatten(1).sum(dim=1) for part in maps)  # type: ignore[assignment]
+    return total
+
+
+def _batch_size(inputs: TensorOrTensors) -> int:
+    first = _tuple(inputs)[0]
+    if not isinstance(first, Tensor):
+        raise TypeError(f"inputs must be a tensor or a tuple of tensors, not {type(inputs)}")
+    if len(first) == 0:
+        raise ValueError("the batch is empty: pass at least one image")
+    return len(first)

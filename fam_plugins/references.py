@@ -1,0 +1,227 @@
+"""What a query is compared with: embedding images once, prototypes, contrast sets."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fam_plugins.similarity import check_embeddings, find_similarity
+
+__all__ = ["embed", "embed_once", "eval_mode", "place_of", "prototypes", "unique_labels"]
+
+
+def prototypes(
+    embeddings: Tensor, labels: Sequence[Hashable] | Tensor, similarity: str = "cosine"
+) -> Tensor:
+    """Average the supports of each class into one reference.
+
+    For cosine the mean of the L2-normalised supports (FAM, arXiv 2307.05017: the same as averaging
+    the channel contributions over the shots); otherwise the plain mean (ProtoNet, arXiv
+    1703.05175).
+
+    Args:
+        embeddings: Supports ``[S, D]``.
+        labels: One label each; any hashable values, not necessarily 0, 1, 2.
+        similarity: The similarity they will be used with.
+
+    Returns:
+        ``[N, D]``, detached, one row a class in sorted order of the labels.
+
+    Raises:
+        ValueError: On an unknown similarity, another number of labels than embeddings, or
+            embeddings that cannot be compared.
+
+    Example:
+        >>> prototypes(torch.tensor([[2.0, 0.0], [0.0, 1.0], [0.0, 3.0]]), [4, 9, 9])
+        tensor([[1., 0.],
+                [0., 1.]])
+    """
+    chosen = find_similarity(similarity)
+    _check_matrix(embeddings, "supports")
+    names = _listed(labels)
+    if len(names) != len(embeddings):
+        raise ValueError(
+            f"there are {len(embeddings)} supports and {len(names)} labels: give one label each"
+        )
+    supports = embeddings.detach()
+    check_embeddings(supports, allow_zero=not chosen.scale_free, what="support")
+    if chosen.scale_free:
+        # Through float32, where the squared length of a half-precision vector cannot overflow.
+        wide = supports.to(torch.promote_types(supports.dtype, torch.float32))
+        supports = nn.functional.normalize(wide, dim=1).to(embeddings.dtype)
+    rows = [
+        supports[[i for i, name in enumerate(names) if name == label]].mean(dim=0)
+        for label in unique_labels(names)
+    ]
+    return torch.stack(rows)
+
+
+def unique_labels(labels: Sequence[Hashable] | Tensor) -> list[Any]:
+    """Return the distinct labels, sorted; in order of appearance where they cannot be sorted.
+
+    Example:
+        >>> unique_labels(["dog", "cat", "dog"])
+        ['cat', 'dog']
+    """
+    distinct = list(dict.fromkeys(_listed(labels)))
+    try:
+        return sorted(distinct)
+    except TypeError:
+        return distinct
+
+
+def embed(encoder: nn.Module, images: Tensor) -> Tensor:
+    """Run an encoder and make sure that what it returns are embeddings ``[B, D]``.
+
+    Raises:
+        TypeError: If it returns something other than a tensor.
+        ValueError: If the batch is empty or the tensor is not ``[B, D]``.
+
+    Example:
+        >>> embed(nn.Flatten(), torch.zeros(2, 3, 1, 1)).shape
+        torch.Size([2, 3])
+    """
+    if isinstance(images, Tensor) and images.dim() > 0 and images.shape[0] == 0:
+        raise ValueError("the batch is empty: pass at least one image")
+    embeddings = encoder(images)
+    if not isinstance(embeddings, Tensor):
+        raise TypeError(
+            f"the encoder returns a {type(embeddings).__name__}, not a tensor: wrap it in a module "
+            "whose forward picks the embeddings [B, D] out of it"
+        )
+    if embeddings.dim() != 2:
+        raise ValueError(
+            f"the encoder returns a tensor of shape {tuple(embeddings.shape)}, not embeddings "
+            "[B, D]: append pooling, such as nn.Sequential(encoder, nn.AdaptiveAvgPool2d(1), "
+            "nn.Flatten())"
+        )
+    if len(embeddings) != len(images):
+        raise ValueError(
+            f"the encoder returns {len(embeddings)} embeddings for {len(images)} inputs: "
+            "a single image needs a batch dimension (image[None])"
+        )
+    return embeddings
+
+
+def embed_once(
+    encoder: nn.Module, images_or_embeddings: Tensor, what: str, chunk_size: int
+) -> Tensor:
+    """Turn images into embeddings in chunks, or take embeddings as they are.
+
+    Images are embedded in eval mode and without gradient; the training mode is then restored. A
+    progress bar appears when it takes more than two seconds.
+
+    Args:
+        encoder: Images ``[S, ...]`` -> embeddings ``[S, D]``.
+        images_or_embeddings: A 2-D tensor is taken for embeddings, anything above for images.
+        what: What they are, for messages.
+        chunk_size: Images per forward pass.
+
+    Returns:
+        ``[S, D]``, detached and copied, on the device and in the dtype of the encoder.
+
+    Raises:
+        TypeError: If not given a tensor or an array.
+        ValueError: If there are none, they have one dimension, or a value is not finite.
+
+    Example:
+        >>> embed_once(nn.Flatten(), torch.ones(3, 2, 1, 1), "references", 2).shape
+        torch.Size([3, 2])
+    """
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, not {chunk_size}")
+    # Outside inference mode, so that the result can take part in autograd later on.
+    with torch.inference_mode(False), torch.no_grad():
+        given = _as_tensor(images_or_embeddings, what)
+        device, dtype = place_of(encoder)
+        given = given.detach().to(device=device, dtype=dtype or _floating(given.dtype))
+        if given.dim() < 2:
+            raise ValueError(
+                f"{what} of shape {tuple(given.shape)}: pass embeddings [N, D] or images "
+                "[N, C, H, W]; a single one needs a first dimension (x[None])"
+            )
+        if given.shape[0] == 0:
+            raise ValueError(f"{what} are empty: pass at least one")
+        if given.dim() == 2:
+            check_embeddings(given, what=what)
+            return given.clone()
+        with eval_mode(encoder):
+            chunks = [
+                embed(encoder, chunk).clone()
+                for chunk in _with_progress(torch.split(given, chunk_size), f"embedding {what}")
+            ]
+        embeddings = torch.cat(chunks)
+    check_embeddings(embeddings, what=what)
+    return embeddings
+
+
+@contextmanager
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Put a module into eval mode for a while, then give every submodule its own mode back.
+
+    Example:
+        >>> dropout = nn.Dropout()
+        >>> with eval_mode(dropout):
+        ...     dropout.training
+        False
+        >>> dropout.training
+        True
+    """
+    modes = [(part, part.training) for part in module.modules()]
+    try:
+        module.eval()
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+def place_of(module: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
+    """Device and floating dtype of a module's weights; ``None`` where it has none.
+
+    Example:
+        >>> place_of(nn.Linear(1, 1))
+        (device(type='cpu'), torch.float32)
+    """
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.is_floating_point():
+            return tensor.device, tensor.dtype
+    return None, None
+
+
+def _as_tensor(values: Any, what: str) -> Tensor:
+    try:
+        return torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"{what} must be a tensor or an array, not {type(values).__name__}: stack a list of "
+            "images with torch.stack(images)"
+        ) from error
+
+
+def _check_matrix(embeddings: Tensor, what: str) -> None:
+    if not isinstance(embeddings, Tensor) or embeddings.dim() != 2 or embeddings.shape[0] == 0:
+        shape = tuple(embeddings.shape) if isinstance(embeddings, Tensor) else type(embeddings)
+        raise ValueError(f"{what} must be a tensor [S, D] with at least one row, not {shape}")
+
+
+def _floating(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype.is_floating_point else torch.get_default_dtype()
+
+
+def _listed(labels: Sequence[Hashable] | Tensor) -> list[Any]:
+    return labels.tolist() if hasattr(labels, "tolist") else list(labels)
+
+
+def _with_progress(chunks: Sequence[Tensor], description: str) -> Iterable[Tensor]:
+    """A bar for work of more than two seconds. Both partners bring tqdm; without it, no bar."""
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        return chunks
+    bar: Iterable[Tensor] = tqdm(chunks, desc=description, delay=2, leave=False)
+    return bar
