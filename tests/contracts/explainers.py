@@ -1,0 +1,74 @@
+"""Every explainer of the package behind one call, so that one set of tests holds for all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+from torch import Tensor, nn
+
+from fam_plugins import FAM, LayerFam, SimilarityModel
+from fam_plugins.rules import RULES
+from tests.networks import classifier, encoder
+
+
+@dataclass(frozen=True)
+class Explainer:
+    """``explain(model, layer, images, targets)`` -> signed maps ``[B, 1, h, w]``."""
+
+    name: str
+    explain: Callable[[nn.Module, nn.Module | str, Tensor, list[int]], Tensor]
+    keeps_mode: bool
+    """Whether it runs the model in the mode it finds it in (Captum), or in eval mode."""
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def layer_fam(rule: str) -> Explainer:
+    return Explainer(
+        f"LayerFam-{rule}",
+        lambda model, layer, images, targets: LayerFam(model, layer, rule=rule).attribute(
+            images, target=targets
+        ),
+        keeps_mode=True,
+    )
+
+
+def fam(rule: str) -> Explainer:
+    def explain(
+        model: nn.Module, layer: nn.Module | str, images: Tensor, targets: list[int]
+    ) -> Tensor:
+        cam = FAM(model, [layer], rule=rule)
+        result = cam(images, [ClassifierOutputTarget(t) for t in targets])
+        assert result.shape == (len(images), *images.shape[2:])
+        assert result.dtype == "float32"
+        assert result.min() >= 0
+        assert result.max() <= 1
+        return cam.attributions[0]
+
+    return Explainer(f"FAM-{rule}", explain, keeps_mode=False)
+
+
+EXPLAINERS = [make(rule) for make in (layer_fam, fam) for rule in RULES]
+
+
+def similarity_model(similarity: str = "cosine", contrast: object = None) -> SimilarityModel:
+    rows = torch.randn(5, 6, generator=torch.Generator().manual_seed(1))
+    return SimilarityModel(encoder(), rows, similarity=similarity, contrast=contrast)
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "classifier": classifier,
+    "cosine": similarity_model,
+    "dot": lambda: similarity_model("dot"),
+    "euclidean": lambda: similarity_model("euclidean"),
+    "contrast": lambda: similarity_model("euclidean", "others"),
+}
+
+
+def network(model: nn.Module) -> nn.Module:
+    """The network inside: the encoder of a similarity model, or the classifier itself."""
+    return getattr(model, "encoder", model)
