@@ -1,0 +1,149 @@
+"""Every tool of pytorch-grad-cam that takes a CAM class or its maps, fed with FAM."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import pytest
+import pytorch_grad_cam
+import torch
+from pytorch_grad_cam import GradCAM, ScoreCAM
+from pytorch_grad_cam.metrics.cam_mult_image import (
+    CamMultImageConfidenceChange,
+    DropInConfidence,
+    IncreaseInConfidence,
+)
+from pytorch_grad_cam.metrics.road import ROADCombined
+from pytorch_grad_cam.utils.image import show_cam_on_image
+from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+
+from fam_plugins import FAM, SimilarityModel, SimilarityTarget
+from tests.contracts.explainers import similarity_model
+from tests.networks import State, classifier, encoder
+
+IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+TARGETS = [ClassifierOutputTarget(1), ClassifierOutputTarget(3)]
+
+
+def partner(name: str):
+    """A tool that only newer releases have; older ones are claimed too."""
+    if not hasattr(pytorch_grad_cam, name):
+        pytest.skip(f"this grad-cam has no {name}")
+    return getattr(pytorch_grad_cam, name)
+
+
+def assert_is_cam(result: np.ndarray) -> None:
+    assert result.shape == (2, 32, 32)
+    assert np.isfinite(result).all()
+    assert result.min() >= 0
+    assert result.max() <= 1 + 1e-6
+
+
+def test_refine_cam():
+    model = similarity_model()
+    refine = partner("RefineCAM")(
+        model, [model.encoder.last, model.encoder.conv], base_method=FAM, rule="centred"
+    )
+    assert_is_cam(refine(IMAGES, TARGETS))
+
+
+def test_sess():
+    model = similarity_model()
+    with partner("SESS")(
+        model, [model.encoder.last], base_method=FAM, num_scales=2, use_softmax_scores=False
+    ) as sess:
+        assert_is_cam(sess(IMAGES, TARGETS))
+
+
+def test_finer_cam_differentiates_the_tail_only():
+    model = classifier()
+    before = State.of(model)
+    finer_class = partner("FinerCAM")
+    with finer_class(model, [model.last], base_method=FAM) as finer:
+        ours = finer(IMAGES)
+    assert_is_cam(ours)
+    before.assert_unchanged(model)
+    with finer_class(model, [model.last], base_method=partial(FAM, rule="gradcam")) as finer:
+        ours = finer(IMAGES)
+    with finer_class(model, [model.last], base_method=GradCAM) as finer:
+        np.testing.assert_allclose(ours, finer(IMAGES), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "metric", [CamMultImageConfidenceChange, DropInConfidence, IncreaseInConfidence]
+)
+def test_confidence_metrics(metric):
+    model = similarity_model()
+    cams = FAM(model, ["last"])(IMAGES, TARGETS)
+    values = metric()(IMAGES, cams, TARGETS, model)
+    assert values.shape == (2,)
+    change = torch.stack(
+        [
+            target(model(image[None] * torch.from_numpy(cam))[0]) - target(model(image[None])[0])
+            for image, cam, target in zip(IMAGES, cams, TARGETS, strict=True)
+        ]
+    )
+    expected = {
+        CamMultImageConfidenceChange: change,
+        DropInConfidence: (-change).clamp_min(0),
+        IncreaseInConfidence: (change > 0).float(),
+    }[metric]
+    np.testing.assert_allclose(values, expected.detach().numpy(), atol=1e-5)
+
+
+def test_road():
+    model = similarity_model()
+    cams = FAM(model, ["last"])(IMAGES, TARGETS)
+    values = ROADCombined(percentiles=[20, 60])(IMAGES, cams, TARGETS, model)
+    assert np.isfinite(values).all()
+
+
+def test_arcc():
+    try:
+        from pytorch_grad_cam.metrics.arcc import ARCC
+    except ImportError:
+        pytest.skip("this grad-cam has no ARCC")
+    model = similarity_model()
+    cam = FAM(model, ["last"])
+    arcc = ARCC(base_method=cam, road_percentiles=[20, 60])
+    values = arcc(IMAGES, cam(IMAGES, TARGETS), TARGETS, model)
+    assert np.isfinite(np.asarray(values)).all()
+
+
+def test_metrics_take_similarity_targets_on_a_bare_encoder():
+    net = encoder()
+    targets = [SimilarityTarget(torch.ones(6)), SimilarityTarget(torch.eye(6)[0])]
+    cams = FAM(net, ["last"])(IMAGES, targets)
+    assert CamMultImageConfidenceChange()(IMAGES, cams, targets, net).shape == (2,)
+
+
+def test_their_methods_explain_a_similarity_model():
+    model = similarity_model()
+    for method in (GradCAM, ScoreCAM):
+        with method(model, [model.encoder.last]) as cam:
+            cam.batch_size = 4
+            assert_is_cam(cam(IMAGES, TARGETS))
+    nearest = model(IMAGES).argmax(dim=1).tolist()
+    with GradCAM(model, [model.encoder.last]) as cam:
+        np.testing.assert_array_equal(
+            cam(IMAGES, None), cam(IMAGES, [ClassifierOutputTarget(i) for i in nearest])
+        )
+
+
+def test_their_methods_take_similarity_targets():
+    net = encoder()
+    rows = torch.randn(2, 6)
+    with GradCAM(net, [net.last]) as cam:
+        ours = cam(IMAGES, [SimilarityTarget(row) for row in rows])
+    model = SimilarityModel(net, rows)
+    with GradCAM(model, [net.last]) as cam:
+        expected = cam(IMAGES, [ClassifierOutputTarget(0), ClassifierOutputTarget(1)])
+    np.testing.assert_allclose(ours, expected, atol=1e-5)
+
+
+def test_pictures():
+    cams = FAM(similarity_model(), ["last"])(IMAGES, TARGETS)
+    picture = show_cam_on_image(IMAGES[0].permute(1, 2, 0).numpy(), cams[0], use_rgb=True)
+    assert picture.shape == (32, 32, 3)
+    assert picture.dtype == np.uint8
