@@ -1,0 +1,119 @@
+"""What an explanation costs beside a bare forward pass, and beside the partners' Grad-CAM.
+
+Everything is measured in one run, interleaved, so that the ratios hold on a busy machine. Time is
+the median over rounds. Memory is the peak that torch's allocator reaches during one call: on CUDA
+as torch counts it, on the CPU by summing the allocations and releases that torch's profiler saw.
+
+    python -m tests.benchmarks.cost
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from statistics import median
+
+import torch
+import torchvision
+from captum.attr import LayerGradCam
+from pytorch_grad_cam import GradCAM
+from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+from torch.profiler import ProfilerActivity, profile
+
+from fam_plugins import FAM, LayerFam, SimilarityModel
+
+
+def peak_memory(call: Callable[[], object], device: str) -> int:
+    """Peak of the bytes allocated by one call, above what was allocated before it."""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        call()
+    sizes = [
+        event.nbytes()
+        for event in sorted(record.profiler.kineto_results.events(), key=lambda e: e.start_ns())
+        if event.name() == "[memory]"
+    ]
+    now = peak = 0
+    for size in sizes:
+        now += size
+        peak = max(peak, now)
+    return peak
+
+
+def milliseconds(call: Callable[[], object], device: str) -> float:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return 1000 * (time.perf_counter() - start)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--rounds", type=int, default=9)
+    args = parser.parse_args()
+
+    torch.manual_seed(0)
+    net = torchvision.models.resnet50().eval().to(args.device)
+    net.fc = torch.nn.Identity()
+    images = torch.randn(args.batch, 3, args.size, args.size, device=args.device)
+    model = SimilarityModel(net, torch.randn(10, 2048))
+    targets = [ClassifierOutputTarget(3)] * args.batch
+    explainer, cam = LayerFam(model, net.layer4), FAM(model, [net.layer4])
+
+    def bare() -> None:
+        with torch.no_grad():
+            model(images)
+
+    def grad_cam() -> None:
+        with GradCAM(model, [net.layer4]) as theirs:
+            theirs(images, targets)
+        model.zero_grad(set_to_none=True)
+
+    calls: dict[str, Callable[[], object]] = {
+        "bare forward pass, no_grad": bare,
+        "LayerFam": lambda: explainer.attribute(images, 3),
+        "LayerFam, with convergence delta": lambda: LayerFam(
+            model, net.layer4, rule="additive"
+        ).attribute(images, 3, return_convergence_delta=True),
+        "FAM": lambda: cam(images, targets),
+        "Captum's LayerGradCam": lambda: LayerGradCam(model, net.layer4).attribute(images, 3),
+        "pytorch-grad-cam's GradCAM": grad_cam,
+    }
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():  # warm up
+        call()
+    for _ in range(args.rounds):
+        for name, call in calls.items():
+            times[name].append(milliseconds(call, args.device))
+    memory = {name: peak_memory(call, args.device) for name, call in calls.items()}
+
+    where = (
+        torch.cuda.get_device_name()
+        if args.device.startswith("cuda")
+        else (f"CPU, {torch.get_num_threads()} threads")
+    )
+    first = next(iter(calls))
+    print(f"ResNet-50, batch {args.batch}, {args.size} px, {where}, torch {torch.__version__}\n")
+    print("| | ms | x bare | peak MiB | x bare |\n|---|---|---|---|---|")
+    for name in calls:
+        ratio = median(t / b for t, b in zip(times[name], times[first], strict=True))
+        print(
+            f"| {name} | {median(times[name]):.0f} | {ratio:.2f} | {memory[name] / 2**20:.1f} | "
+            f"{memory[name] / memory[first]:.3f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
