@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fam_plugins.eval_mode import eval_mode
+from fam_plugins.place import place_of
 from fam_plugins.similarity import check_embeddings, find_similarity
 
-__all__ = ["embed", "embed_once", "eval_mode", "place_of", "prototypes", "unique_labels"]
+__all__ = ["embed", "embed_once", "prototypes", "unique_labels"]
 
 
 def prototypes(
@@ -157,40 +158,6 @@ def embed_once(
         embeddings = torch.cat(chunks)
     check_embeddings(embeddings, what=what)
     return embeddings
-
-
-@contextmanager
-def eval_mode(module: nn.Module) -> Iterator[None]:
-    """Put a module into eval mode for a while, then give every submodule its own mode back.
-
-    Example:
-        >>> dropout = nn.Dropout()
-        >>> with eval_mode(dropout):
-        ...     dropout.training
-        False
-        >>> dropout.training
-        True
-    """
-    modes = [(part, part.training) for part in module.modules()]
-    try:
-        module.eval()
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training
-
-
-def place_of(module: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
-    """Device and floating dtype of a module's weights; ``None`` where it has none.
-
-    Example:
-        >>> place_of(nn.Linear(1, 1))
-        (device(type='cpu'), torch.float32)
-    """
-    for tensor in (*module.parameters(), *module.buffers()):
-        if tensor.is_floating_point():
-            return tensor.device, tensor.dtype
-    return None, None
 
 
 def _as_tensor(values: Any, what: str) -> Tensor:

@@ -11,7 +11,7 @@ from captum.attr import LayerAttribution, LayerGradCam
 from torch import nn
 
 from fam_plugins import LayerFam
-from fam_plugins._captum_internals import select_scores
+from fam_plugins.captum._internals import select_scores
 from tests.contracts.explainers import MODELS, similarity_model
 from tests.networks import State, classifier
 

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from fam_plugins import prototypes
-from fam_plugins.references import embed_once, place_of, unique_labels
+from fam_plugins.place import place_of
+from fam_plugins.references import embed_once, unique_labels
 from tests.networks import State, encoder
 
 

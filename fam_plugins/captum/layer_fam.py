@@ -6,15 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch.nn.functional as F
+from captum.attr import LayerAttribution
+from captum.log import log_usage
 from torch import Tensor, nn
 
-try:
-    from captum.attr import LayerAttribution
-    from captum.log import log_usage
-except ImportError as error:
-    raise ImportError("fam_plugins.captum needs Captum: pip install captum") from error
-
-from fam_plugins._captum_internals import run_forward, select_scores
+from fam_plugins.captum._internals import run_forward, select_scores
 from fam_plugins.layer_pass import LayerTensors, find_layer
 from fam_plugins.rule_pass import RulePass
 from fam_plugins.rules import Rule, find_rule

@@ -1,0 +1,126 @@
+"""FAM as a pytorch-grad-cam method: swap ``GradCAM`` for ``FAM``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from pytorch_grad_cam.utils.svd_on_activations import get_2d_projection
+from torch import Tensor, nn
+
+from fam_plugins.grad_cam.base import OnePassCAM, Target, to_numpy
+from fam_plugins.layer_pass import LayerTensors, find_layer
+from fam_plugins.rule_pass import RulePass
+from fam_plugins.rules import find_rule
+
+__all__ = ["FAM"]
+
+
+class FAM(OnePassCAM):
+    """Feature Activation Map: swap ``GradCAM`` for ``FAM`` in pytorch-grad-cam code.
+
+    Same call, same kind of result: ``cam(input_tensor, targets)`` is a float32 numpy array
+    ``[B, H, W]`` in [0, 1] at the size of the input. With a :class:`~fam_plugins.SimilarityModel`
+    the target ``ClassifierOutputTarget(j)`` explains reference ``j`` and ``targets=None`` the
+    nearest one; an encoder takes :class:`SimilarityTarget`; a classifier, its class logits.
+
+    It takes one forward pass in eval mode. Only what follows the layers is differentiated;
+    activations stay on their device; the model's training mode, gradients and hooks are afterwards
+    as they were. Sources: FAM (arXiv 2307.05017) for the rule ``"fam"``, Grad-CAM (arXiv
+    1610.02391) for ``"gradcam"``.
+
+    Args:
+        model: The model to explain.
+        target_layers: The layers whose maps are averaged; modules, or their names.
+        reshape_transform: Rearranges what a layer gives into ``[B, C, h, w]``, for tokens.
+        rule: ``"fam"`` (published), ``"additive"``, ``"centred"`` (the best rule for finding what
+            matches), ``"gradcam"``.
+
+    Attributes:
+        attributions: After a call, the signed maps before ReLU and scaling: one tensor
+            ``[B, 1, h, w]`` a target layer, on the layer's device; ``None`` after ``aug_smooth``,
+            whose result is an average over six passes.
+        outputs: After a call, what the model returned, detached.
+
+    Raises:
+        TypeError: If ``target_layers`` is not a list of layers.
+        ValueError: If it is empty, names an unknown layer, or there is no such rule.
+
+    Example:
+        >>> from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+        >>> from fam_plugins import SimilarityModel
+        >>> encoder = nn.Sequential(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        >>> model = SimilarityModel(encoder, torch.eye(3))
+        >>> with FAM(model, [encoder[0]]) as cam:
+        ...     cam(torch.rand(2, 3, 4, 4), [ClassifierOutputTarget(0)] * 2).shape
+        (2, 4, 4)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        target_layers: Sequence[nn.Module | str],
+        reshape_transform: Callable[[Any], Tensor] | None = None,
+        *,
+        rule: str = "fam",
+    ) -> None:
+        find_rule(rule)
+        if not isinstance(target_layers, (list, tuple)):
+            raise TypeError(
+                f"target_layers must be a list of layers, such as [model.layer4], not "
+                f"{type(target_layers).__name__}"
+            )
+        if not target_layers:
+            raise ValueError("target_layers is empty: pass at least one, such as [model.layer4]")
+        found = [find_layer(model, layer) for layer in target_layers]
+        super().__init__(model, [layer for layer, _ in found], reshape_transform)
+        self.rule = rule
+        self._names = [name for _, name in found]
+
+    def start_pass(self) -> RulePass:
+        """Prepare the next forward pass."""
+        return RulePass(self.target_layers, self._names, find_rule(self.rule))
+
+    def explain(
+        self, one: RulePass, outputs: Any, targets: Sequence[Target], eigen_smooth: bool
+    ) -> Iterator[tuple[Tensor, np.ndarray]]:
+        """Explain a pass: for each target layer its map ``[B, 1, h, w]``, and as float32 array."""
+        gradients = one.gradients(lambda: _total_score(outputs, targets))
+        for activation, gradient in zip(one.activations, gradients, strict=True):
+            a, g = self._as_map(activation), self._as_map(gradient)
+            attribution = find_rule(self.rule).map(a, g)
+            if eigen_smooth:
+                parts = find_rule(self.rule).map(a, g, sum_channels=False)
+                yield attribution, get_2d_projection(to_numpy(parts))
+            else:
+                yield attribution, to_numpy(attribution[:, 0])
+
+    def _as_map(self, tensors: LayerTensors) -> Tensor:
+        transform = self.reshape_transform
+        batch = len(tensors[0])
+        given = tensors[0] if len(tensors) == 1 else tensors
+        result = given if transform is None else transform(given)
+        if not isinstance(result, Tensor) or result.dim() not in (4, 5) or len(result) != batch:
+            what = "the layer" if transform is None else "reshape_transform"
+            shape = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
+            raise ValueError(
+                f"{what} gives {shape}, not [{batch}, C, h, w]: pass a reshape_transform that "
+                "keeps the batch first and puts the channels second"
+            )
+        return result
+
+
+def _total_score(outputs: Any, targets: Sequence[Target]) -> Tensor:
+    scores = []
+    for target, output in zip(targets, outputs, strict=True):
+        value = target(output)
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(
+                f"target {target!r} returns {shape}, not one number: pick an output, such as "
+                "ClassifierOutputTarget(3)"
+            )
+        scores.append(value.reshape(()))
+    return torch.stack(scores)
