@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .head import CapeHead
@@ -97,8 +96,10 @@ class CapeModel(nn.Module):
         def route(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor | None:
             if threading.get_ident() != thread:
                 return None
-            features = output.movedim(-1, 1) if self.site.channels_last else output
-            features = self.feature_map(features.relu() if self.site.relu else features)
+            features: Tensor = output.movedim(-1, 1) if self.site.channels_last else output
+            if self.site.relu:
+                features = features.relu()
+            features = self.feature_map(features)
             caught.append(features)
             # The model goes on from the feature map's output, so that map explains both heads.
             if self.site.relu:
@@ -159,8 +160,12 @@ def with_cape_head(
             unknown, ``head`` has other channels or classes.
 
     Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from fam_plugins.cape import with_cape_head
         >>> net = nn.Sequential(
-        ...     nn.Conv2d(1, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)
+        ...     nn.Conv2d(1, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
+        ...     nn.Flatten(), nn.Linear(8, 3),
         ... )
         >>> model = with_cape_head(net)
         >>> model(torch.randn(2, 1, 16, 16)).exp().sum(dim=1).allclose(torch.ones(2))

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .feature_check import checked_features
 from .released import head_state_from_release
 
 __all__ = ["CapeHead"]
@@ -61,6 +62,8 @@ class CapeHead(nn.Module):
         ValueError: ``in_channels`` < 1 or ``num_classes`` < 2.
 
     Example:
+        >>> import torch
+        >>> from fam_plugins.cape import CapeHead
         >>> head = CapeHead(in_channels=16, num_classes=5)
         >>> features = torch.randn(2, 16, 7, 7)
         >>> maps = head.contributions(features)
@@ -91,7 +94,9 @@ class CapeHead(nn.Module):
             )
         self.in_channels = in_channels
         self.num_classes = num_classes
-        self.weight = nn.Parameter(torch.empty(num_classes, in_channels, device=device, dtype=dtype))
+        self.weight = nn.Parameter(
+            torch.empty(num_classes, in_channels, device=device, dtype=dtype)
+        )
         if bias:
             self.bias = nn.Parameter(torch.empty(num_classes, device=device, dtype=dtype))
         else:
@@ -124,6 +129,7 @@ class CapeHead(nn.Module):
             TypeError: ``linear`` is not an ``nn.Linear``.
 
         Example:
+            >>> from torch import nn
             >>> head = CapeHead.from_linear(nn.Linear(16, 5, bias=False))
             >>> head.bias is None
             True
@@ -161,6 +167,7 @@ class CapeHead(nn.Module):
             ValueError: names of the CAPE head are missing or sizes contradict each other.
 
         Example:
+            >>> import torch
             >>> released = {
             ...     "classifiers.cape.2.weight": torch.randn(5, 16),
             ...     "classifiers.cape.2.bias": torch.randn(5),
@@ -273,7 +280,7 @@ class CapeHead(nn.Module):
         ``F.linear`` rather than a 1x1 convolution: it follows the same TF32 setting as the model's
         own classifier, and the class softmax then runs over contiguous memory.
         """
-        features = self._checked(features)
+        features = checked_features(features, self.in_channels, self.weight.dtype)
         return F.linear(features.flatten(2).mT, self.weight, self.bias)
 
     def _tempered(self, logits: Tensor, *, soft: bool) -> tuple[Tensor, Tensor]:
@@ -294,31 +301,4 @@ class CapeHead(nn.Module):
 
     def _as_maps(self, by_region: Tensor, features: Tensor) -> Tensor:
         """``[B, N, K]`` back to ``[B, K, *spatial]``."""
-        return by_region.mT.unflatten(2, features.shape[2:]).contiguous()
-
-    def _checked(self, features: Tensor) -> Tensor:
-        if features.ndim not in (4, 5):
-            raise ValueError(
-                f"CapeHead takes a feature map [B, C, h, w] or [B, C, d, h, w], got "
-                f"{features.ndim}-D {tuple(features.shape)}; add a batch axis with "
-                "features.unsqueeze(0), or reshape tokens [B, N, C] to [B, C, h, w]"
-            )
-        if features.shape[1] != self.in_channels:
-            hint = ""
-            if features.shape[-1] == self.in_channels:
-                hint = "; channels come last here, use features.movedim(-1, 1)"
-            raise ValueError(
-                f"CapeHead was built for {self.in_channels} channels, got {features.shape[1]} in "
-                f"{tuple(features.shape)}{hint or '; take the map that enters the pooling layer'}"
-            )
-        if features.numel() == 0:
-            raise ValueError(f"the feature map {tuple(features.shape)} is empty")
-        if not features.is_floating_point():
-            raise TypeError(f"features are {features.dtype}: convert them with features.float()")
-        own = self.weight.dtype
-        if torch.promote_types(features.dtype, own) == own:
-            return features.to(own)
-        raise TypeError(
-            f"features are {features.dtype} but the head is {own}: use head.to({features.dtype}) "
-            f"or features.to({own})"
-        )
+        return by_region.mT.reshape(by_region.shape[0], -1, *features.shape[2:]).contiguous()

@@ -88,7 +88,7 @@ def locate(
 def _name_of(model: nn.Module, module: nn.Module | str | None, role: str) -> str | None:
     if module is None:
         return None
-    names = {name: m for name, m in model.named_modules() if name}
+    names: dict[str, nn.Module] = {name: m for name, m in model.named_modules() if name}
     if isinstance(module, str):
         if module in names:
             return module

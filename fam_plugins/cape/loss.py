@@ -55,14 +55,17 @@ def cape_loss(
             temperature out of range.
 
     Example:
-        .. code-block:: python
+        In a training loop, with ``model`` from :func:`with_cape_head`, the first two lines would
+        be ``features, logits = model.features_and_logits(images)``.
 
-            for images, labels in loader:
-                features, logits = model.features_and_logits(images)
-                loss = cape_loss(model.head, features, logits, labels)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
+        >>> import torch
+        >>> from fam_plugins.cape import CapeHead, cape_loss
+        >>> features = torch.randn(4, 8, 7, 7, requires_grad=True)
+        >>> logits = torch.randn(4, 3, requires_grad=True)
+        >>> loss = cape_loss(CapeHead(8, 3), features, logits, torch.tensor([0, 1, 2, 0]))
+        >>> loss.backward()
+        >>> features.grad is None  # CAPE does not train the backbone
+        True
     """
     _check_weights(alpha, beta, temperature)
     if logits.ndim != 2 or logits.shape != (features.shape[0], head.num_classes):

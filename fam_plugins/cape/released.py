@@ -42,6 +42,7 @@ def head_state_from_release(state_dict: Mapping[str, Tensor]) -> dict[str, Tenso
 
     Example:
         >>> import torch
+        >>> from fam_plugins.cape import head_state_from_release
         >>> released = {"classifiers.cape.2.weight": torch.zeros(5, 16), "t1.T": torch.zeros(1),
         ...             "t2.T": torch.zeros(1), "t3.T": torch.zeros(1, 1, 1, 1)}
         >>> sorted(head_state_from_release(released))
@@ -63,7 +64,7 @@ def head_state_to_release(head_state: Mapping[str, Tensor]) -> dict[str, Tensor]
         KeyError: one of the names is missing.
 
     Example:
-        >>> from fam_plugins.cape import CapeHead
+        >>> from fam_plugins.cape import CapeHead, head_state_to_release
         >>> sorted(head_state_to_release(CapeHead(16, 5).state_dict()))[0]
         'classifiers.cape.2.bias'
     """
@@ -134,7 +135,7 @@ def _head_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         bias = state[bias_name]
         if bias.shape != weight.shape[:1]:
             raise ValueError(
-                f"{bias_name} is {tuple(bias.shape)} but {weight_name} has {weight.shape[0]} classes"
+                f"{bias_name} is {tuple(bias.shape)}, expected [{weight.shape[0]}] as {weight_name}"
             )
         ours["bias"] = bias
     for name, theirs in _TEMPERATURES.items():

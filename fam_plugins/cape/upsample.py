@@ -47,6 +47,8 @@ def upsample_conserving_mass(
             numbers, ``mode`` unknown.
 
     Example:
+        >>> import torch
+        >>> from fam_plugins.cape import upsample_conserving_mass
         >>> maps = torch.full((1, 2, 7, 7), 1 / 98)
         >>> large = upsample_conserving_mass(maps, (224, 200))
         >>> large.shape
@@ -55,7 +57,9 @@ def upsample_conserving_mass(
         True
     """
     if maps.ndim != 4 or maps.numel() == 0:
-        raise ValueError(f"maps must be [B, K, h, w], got {tuple(maps.shape)}; see Tensor.unsqueeze")
+        raise ValueError(
+            f"maps must be [B, K, h, w], got {tuple(maps.shape)}; see Tensor.unsqueeze"
+        )
     if not maps.is_floating_point():
         raise TypeError(f"maps are {maps.dtype}: convert them with maps.float()")
     height, width = _checked_size(size)
