@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from difflib import get_close_matches
 
@@ -11,10 +12,6 @@ from torch import Tensor, nn
 from .probe import Event, Trace, trace
 
 __all__ = ["Site", "locate"]
-
-# How far the classifier's input may be from the mean of the feature map, relative to its largest
-# value: the same sum in another order, in the model's own type.
-_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 @dataclass(frozen=True)
@@ -80,7 +77,7 @@ def locate(
     for relu in (False, True):
         for event in reversed(once):
             for channels_last in (False, True):
-                if _same(event.means[channels_last, relu], pooled):
+                if _same(event.means[channels_last, relu], pooled, _regions(event, channels_last)):
                     return Site(event.name, classifier_name, channels_last, relu)
     raise ValueError(_why_not(model, shown, layer_name, classifier_name, pooled))
 
@@ -132,11 +129,21 @@ def _classifier_call(model: nn.Module, shown: Trace, name: str | None) -> tuple[
     )
 
 
-def _same(mean: Tensor, pooled: Tensor) -> bool:
+def _same(mean: Tensor, pooled: Tensor, regions: int = 1) -> bool:
+    """Equal but for the order in which the regions were summed.
+
+    Strict on purpose: an untrained batch norm in eval mode is the identity to 5e-6, so a looser
+    test would take the layer before it for the layer after it.
+    """
     if mean.shape != pooled.shape:
         return False
     gap = (mean - pooled).abs().max()
-    return bool(gap <= _TOLERANCE.get(pooled.dtype, 1e-4) * pooled.abs().max())
+    roundings = min(4 + regions**0.5, 32)
+    return bool(gap <= roundings * torch.finfo(pooled.dtype).eps * pooled.abs().max())
+
+
+def _regions(event: Event, channels_last: bool) -> int:
+    return math.prod(event.shape[1:-1] if channels_last else event.shape[2:])
 
 
 def _why_not(
@@ -150,7 +157,12 @@ def _why_not(
     tokens = [e for e in shown.events if e.token is not None and _same(e.token, pooled)]
     norms = [e for e in after if e.pooled_input and "norm" in type(e.module).__name__.lower()]
     hidden = [e for e in after if e.pooled_input and _is_layer(e)]
-    if tokens:
+    if last_map < 0 and not tokens:
+        reason = (
+            "no layer returned a map with more than one region; pass larger images as "
+            "example_input=."
+        )
+    elif tokens:
         reason = f"its classifier {classifier!r} reads a class token (of {tokens[-1].name!r})."
     elif hidden:
         names = ", ".join(repr(e.name) for e in hidden)
@@ -162,11 +174,6 @@ def _why_not(
         reason = (
             f"the mean of layer {layer!r} over regions is not the input of {classifier!r}; leave "
             "layer out to have it found."
-        )
-    elif last_map < 0:
-        reason = (
-            "no layer returned a map with more than one region; pass larger images as "
-            "example_input=."
         )
     else:
         reason = (

@@ -88,9 +88,7 @@ def test_agrees_with_the_direct_formula(spatial):
         head.relative(features), direct_relative(logits, head.t1, head.t2), **close
     )
     torch.testing.assert_close(head(features).exp(), maps.flatten(2).sum(2), **close)
-    torch.testing.assert_close(
-        head.soft_log_probs(features).exp(), soft.flatten(2).sum(2), **close
-    )
+    torch.testing.assert_close(head.soft_log_probs(features).exp(), soft.flatten(2).sum(2), **close)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -26,7 +26,7 @@ def test_every_map_keeps_its_sum(mode, size, dtype):
 
 @pytest.mark.parametrize("mode", ["nearest", "bilinear"])
 def test_every_region_keeps_its_mass(mode):
-    """One-hot maps, corners included: where bicubic with aligned corners gives 1.35 instead of 1."""
+    """One-hot maps, corners included; bicubic with aligned corners gives up to 1.35, not 1."""
     one_hot = torch.eye(12, dtype=torch.float64).reshape(12, 1, 3, 4)
     large = upsample_conserving_mass(one_hot, (10, 31), mode)
     torch.testing.assert_close(large.sum((1, 2, 3)), torch.ones(12, dtype=torch.float64))
