@@ -1,0 +1,99 @@
+"""Enlarge a probability map without creating or losing probability."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from operator import index
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["upsample_conserving_mass"]
+
+
+def upsample_conserving_mass(
+    maps: Tensor,
+    size: int | Sequence[int],
+    mode: Literal["nearest", "bilinear"] = "nearest",
+) -> Tensor:
+    """Resize maps so that the sum of each one stays what it was.
+
+    Ordinary interpolation keeps *values*; a probability map has to keep its *sum*. Here every
+    region hands its whole mass to the output pixels, at any size, along each axis in turn:
+
+    * ``nearest``: in proportion to the area they share with the region. At whole factors this is
+      nearest-neighbour enlargement divided by the area factor.
+    * ``bilinear``: in proportion to the weights of bilinear interpolation (half-pixel centres),
+      rescaled so that a region's weights sum to 1. At whole factors that is bilinear enlargement
+      divided by the area factor; at others the density of a constant map ripples slightly, which
+      is the price of an exact sum. An axis that shrinks is done as in ``nearest``.
+
+    (The released CAPE code enlarges bicubically with aligned corners, which does not keep the sum.)
+
+    Args:
+        maps: ``[B, K, h, w]``, any sign.
+        size: height and width in pixels, or one number for both.
+        mode: how a region's mass is spread.
+
+    Returns:
+        ``[B, K, H, W]`` on the same device, sums over the last two axes unchanged to rounding.
+        float16 and bfloat16 come back as float32: one pixel's share is too small for them.
+
+    Raises:
+        TypeError: ``maps`` is not floating point.
+        ValueError: ``maps`` is not 4-D or is empty, ``size`` is not one or two positive whole
+            numbers, ``mode`` unknown.
+
+    Example:
+        >>> import torch
+        >>> from fam_plugins.cape import upsample_conserving_mass
+        >>> maps = torch.full((1, 2, 7, 7), 1 / 98)
+        >>> large = upsample_conserving_mass(maps, (224, 200))
+        >>> large.shape
+        torch.Size([1, 2, 224, 200])
+        >>> torch.allclose(large.sum(), torch.tensor(1.0))
+        True
+    """
+    if maps.ndim != 4 or maps.numel() == 0:
+        raise ValueError(
+            f"maps must be [B, K, h, w], got {tuple(maps.shape)}; see Tensor.unsqueeze"
+        )
+    if not maps.is_floating_point():
+        raise TypeError(f"maps are {maps.dtype}: convert them with maps.float()")
+    height, width = _checked_size(size)
+    if mode not in ("nearest", "bilinear"):
+        raise ValueError(f"mode is {mode!r}: use 'nearest' or 'bilinear'")
+    dtype = torch.promote_types(maps.dtype, torch.float32)
+    rows = _shares(maps.shape[2], height, mode, dtype).to(maps.device)
+    columns = _shares(maps.shape[3], width, mode, dtype).to(maps.device)
+    return rows @ maps.to(dtype) @ columns.mT
+
+
+def _checked_size(size: int | Sequence[int]) -> tuple[int, int]:
+    try:
+        pair = [index(n) for n in (size if isinstance(size, Sequence) else (size, size))]
+    except TypeError:
+        pair = []
+    if len(pair) != 2 or min(pair) < 1:
+        raise ValueError(f"size is {size!r}: use (height, width), two whole numbers >= 1")
+    return pair[0], pair[1]
+
+
+def _shares(old: int, new: int, mode: str, dtype: torch.dtype) -> Tensor:
+    """``[new, old]``: the share of each old cell's mass that each new cell receives.
+
+    Columns sum to 1. Computed in float64 on the CPU: the matrix is tiny, and its rounding would
+    otherwise be the largest error of the whole operation.
+    """
+    if mode == "bilinear" and new >= old:
+        identity = torch.eye(old, dtype=torch.float64).unsqueeze(0)
+        weights = F.interpolate(identity, size=new, mode="linear", align_corners=False)[0].mT
+    else:
+        # Overlap of [j, j+1) / new with [i, i+1) / old, in units of 1 / (old * new).
+        lower = torch.arange(new, dtype=torch.float64).unsqueeze(1) * old
+        cell = torch.arange(old, dtype=torch.float64) * new
+        overlap = torch.minimum(lower + old, cell + new) - torch.maximum(lower, cell)
+        weights = overlap.clamp(min=0)
+    return (weights / weights.sum(dim=0, keepdim=True)).to(dtype)

@@ -1,0 +1,176 @@
+"""CapeHead against direct evaluation of the published formula: time and peak memory.
+
+    python tests/benchmarks/cape_head.py                  # four minutes on 2 cores, 4 GiB
+    python tests/benchmarks/cape_head.py --device cuda
+
+Both sides get the same tensors and compute the same numbers: the maps (forward), or the
+distillation loss and its gradients for all parameters of the head (forward + backward). The direct
+side is spared what it does not need for that: the released code evaluates both temperatures every
+time.
+
+* Time: both sides in one process, taking turns, the best of several rounds.
+* Memory: beyond what is there before the step, at its highest. On CUDA the allocator's peak. On
+  the CPU the growth of the resident set as the kernel counts it (VmHWM, Linux only), each side in
+  a fresh process that has only run a tiny step before; so scratch space of the BLAS library counts,
+  and memory that an allocator keeps from earlier steps cannot hide anything.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "cape")]
+
+from direct_formula import direct_distillation_loss, direct_logits, direct_maps  # noqa: E402
+
+from fam_plugins.cape import CapeHead, cape_loss  # noqa: E402
+
+
+def problem(classes, side, batch, channels, device):
+    """A head, its features and a teacher; the same for both sides."""
+    torch.manual_seed(0)
+    head = CapeHead(channels, classes).to(device)
+    features = torch.randn(batch, channels, side, side, device=device).relu()
+    teacher = torch.randn(batch, classes, device=device)
+    return head, features, teacher
+
+
+def ours(head, features, teacher, training):
+    """One step of this package."""
+    if not training:
+        with torch.no_grad():
+            return (head.contributions(features),)
+    loss = cape_loss(head, features, teacher, alpha=0)
+    return torch.autograd.grad(loss, list(head.parameters()))
+
+
+def direct(head, features, teacher, training):
+    """The same step through the [B, K, N, N] tensor."""
+    logits = direct_logits(features, head.weight, head.bias)
+    if not training:
+        with torch.no_grad():
+            return (direct_maps(logits.detach(), head.t1, head.t2),)
+    p_soft = direct_maps(logits, head.t1, head.t2, head.t3).sum(dim=(2, 3))
+    loss = direct_distillation_loss(p_soft, teacher)
+    return torch.autograd.grad(loss, list(head.parameters()))
+
+
+SIDES = {"ours": ours, "direct": direct}
+
+
+def synchronise(device):
+    """Wait for the GPU, so that the clock and the allocator's peak mean something."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def best_times(setting, training, device, rounds):
+    """Seconds per step of both sides, and the largest difference of their results."""
+    inputs = problem(*setting, device)
+    results = {name: step(*inputs, training) for name, step in SIDES.items()}
+    gap = max(
+        float((a - b).abs().max() / b.abs().max().clamp(min=1e-12))
+        for a, b in zip(results["ours"], results["direct"], strict=True)
+    )
+    results.clear()
+    best = dict.fromkeys(SIDES, float("inf"))
+    for _ in range(rounds):
+        for name, step in SIDES.items():
+            synchronise(device)
+            start = time.perf_counter()
+            step(*inputs, training)
+            synchronise(device)
+            best[name] = min(best[name], time.perf_counter() - start)
+    return best, gap
+
+
+def status_bytes(field):
+    """A field of /proc/self/status in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"{field} not found in /proc/self/status")
+
+
+def peak_here(side, setting, training, device):
+    """Peak memory of one step, measured in this process."""
+    step = SIDES[side]
+    step(*problem(3, 2, 1, 4, device), training)
+    inputs = problem(*setting, device)
+    if device.type == "cuda":
+        synchronise(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step(*inputs, training)
+        synchronise(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to the present size
+    before = status_bytes("VmRSS")
+    step(*inputs, training)
+    return status_bytes("VmHWM") - before
+
+
+def peak(side, setting, training, device):
+    """Peak memory of one step in bytes, in a process of its own on the CPU."""
+    if device.type == "cuda":
+        return peak_here(side, setting, training, device)
+    if not Path("/proc/self/clear_refs").exists():
+        return float("nan")
+    task = ",".join([side, *map(str, setting), str(int(training))])
+    # A fixed threshold makes glibc return every large block at once instead of keeping it.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    command = [sys.executable, __file__, "--measure", task]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return int(done.stdout)
+
+
+def main():
+    """Print the table, or (as a child process) one number."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--channels", type=int, default=2048, help="2048 is ResNet-50's")
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    if options.measure:
+        side, *numbers = options.measure.split(",")
+        *setting, training = map(int, numbers)
+        print(peak_here(side, tuple(setting), bool(training), device))
+        return
+
+    print(
+        f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, float32, "
+        f"batch {options.batch}, {options.channels} channels\n"
+    )
+    print(
+        "| classes | map | step | time, ours | direct | times faster | memory, ours | direct "
+        "| times less | largest relative difference |"
+    )
+    print("|---" * 10 + "|")
+    for classes in (200, 1000):
+        for side in (7, 14):
+            for training in (False, True):
+                setting = (classes, side, options.batch, options.channels)
+                seconds, gap = best_times(setting, training, device, options.rounds)
+                held = {name: peak(name, setting, training, device) for name in SIDES}
+                step = "forward + backward" if training else "forward"
+                print(
+                    f"| {classes} | {side}x{side} | {step} "
+                    f"| {seconds['ours'] * 1e3:.1f} ms | {seconds['direct'] * 1e3:.0f} ms "
+                    f"| {seconds['direct'] / seconds['ours']:.0f} "
+                    f"| {held['ours'] / 2**20:.1f} MiB | {held['direct'] / 2**20:.0f} MiB "
+                    f"| {held['direct'] / held['ours']:.0f} | {gap:.0e} |",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()

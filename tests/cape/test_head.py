@@ -1,0 +1,267 @@
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fam_plugins.cape import CapeHead
+
+from .direct_formula import direct_logits, direct_maps, direct_relative
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+@pytest.fixture(scope="module")
+def reference():
+    with np.load(Path(__file__).parents[1] / "data" / "cape_reference.npz") as file:
+        return {k: torch.from_numpy(file[k]) for k in file.files if file[k].dtype.kind == "f"}
+
+
+@pytest.fixture
+def reference_head(reference):
+    head = CapeHead(16, 5, dtype=torch.float64)
+    names = ("weight", "bias", "t1", "t2", "t3")
+    head.load_state_dict({name: reference[name] for name in names})
+    return head
+
+
+def random_head(channels=6, classes=4, dtype=torch.float64, seed=0):
+    torch.manual_seed(seed)
+    head = CapeHead(channels, classes, dtype=dtype)
+    with torch.no_grad():
+        head.weight.mul_(4)
+        for parameter, value in zip((head.t1, head.t2, head.t3), (0.3, -0.5, 0.7), strict=True):
+            parameter.fill_(value)
+    return head
+
+
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [
+        ("class_maps", "cls_map"),
+        ("contributions", "weighted_contribution"),
+        ("relative", "logcampe_clip0"),
+    ],
+)
+def test_maps_equal_the_released_code(reference_head, reference, method, name):
+    with torch.no_grad():
+        ours = getattr(reference_head, method)(reference["features"])
+    torch.testing.assert_close(ours, reference[name], rtol=0, atol=1e-12)
+
+
+def test_probabilities_equal_the_released_code(reference_head, reference):
+    with torch.no_grad():
+        p = reference_head(reference["features"]).exp()
+        soft = reference_head.soft_log_probs(reference["features"]).exp()
+    torch.testing.assert_close(p, reference["outcome"], rtol=0, atol=1e-12)
+    torch.testing.assert_close(soft, reference["outcome_soft"], rtol=0, atol=1e-12)
+
+
+def test_the_vanilla_head_of_the_released_code_is_pooling_and_linear(reference):
+    linear = nn.Linear(16, 5, dtype=torch.float64)
+    linear.load_state_dict({"weight": reference["weight_orig"], "bias": reference["bias_orig"]})
+    head = CapeHead.from_linear(linear)
+    with torch.no_grad():
+        class_maps = head.class_maps(reference["features"])
+    # The released code averages with torch.ones(...) / 49, which stays float32 in a float64 run.
+    share = (torch.ones(()) / 49).double()
+    close = {"rtol": 0, "atol": 1e-12}
+    torch.testing.assert_close(class_maps * share, reference["orig_weighted_contribution"], **close)
+    logits = (class_maps * share).sum(dim=(2, 3))
+    torch.testing.assert_close(logits, reference["orig_outcome"], **close)
+    torch.testing.assert_close(logits.softmax(1), reference["orig_outcome_soft"], **close)
+
+
+@pytest.mark.parametrize("spatial", [(7, 7), (3, 5), (2, 3, 4)])
+def test_agrees_with_the_direct_formula(spatial):
+    head = random_head()
+    features = torch.randn(3, 6, *spatial, dtype=torch.float64)
+    logits = direct_logits(features, head.weight, head.bias)
+    maps = direct_maps(logits, head.t1, head.t2)
+    soft = direct_maps(logits, head.t1, head.t2, head.t3)
+    close = {"rtol": 0, "atol": 1e-13}
+    torch.testing.assert_close(head.class_maps(features), logits, **close)
+    torch.testing.assert_close(head.contributions(features), maps, **close)
+    torch.testing.assert_close(
+        head.relative(features), direct_relative(logits, head.t1, head.t2), **close
+    )
+    torch.testing.assert_close(head(features).exp(), maps.flatten(2).sum(2), **close)
+    torch.testing.assert_close(head.soft_log_probs(features).exp(), soft.flatten(2).sum(2), **close)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("classes", [5, 1000])
+def test_the_maps_add_up_in_every_dtype(dtype, classes):
+    head = random_head(channels=16, classes=classes, dtype=dtype)
+    features = torch.randn(2, 16, 14, 14).relu().to(dtype)
+    with torch.no_grad():
+        maps, log_p = head.contributions(features), head(features)
+    expected = torch.promote_types(dtype, torch.float32)
+    assert maps.dtype == log_p.dtype == expected
+    rounding = 16 * torch.finfo(expected).eps
+    total = maps.double().sum(dim=(1, 2, 3))
+    torch.testing.assert_close(total, torch.ones_like(total), rtol=0, atol=rounding)
+    torch.testing.assert_close(
+        maps.double().sum(dim=(2, 3)), log_p.double().exp(), rtol=100 * rounding, atol=rounding
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gap", [300.0, -300.0])
+def test_finite_for_large_logit_gaps(dtype, gap):
+    """300 logits between classes and between regions; the released code gives inf here."""
+    head = CapeHead(2, 3, dtype=dtype)
+    with torch.no_grad():
+        head.weight.copy_(torch.tensor([[gap, 0.0], [0.0, gap], [0.0, 0.0]]))
+        head.bias.zero_()
+    features = torch.zeros(1, 2, 2, 2, dtype=dtype)
+    features[0, 0] = 1  # every region: class 0 is 300 ahead, or behind
+    features[0, 1, 1, 1] = 1  # one region: class 1 as well, and another weight
+    log_p, soft = head(features), head.soft_log_probs(features)
+    maps = head.contributions(features)
+    (log_p.sum() + soft.sum() + maps[0, 0].sum()).backward()
+    found = [log_p, soft, maps, head.relative(features)]
+    found += [p.grad for p in head.parameters()]
+    assert all(torch.isfinite(tensor).all() for tensor in found)
+    torch.testing.assert_close(log_p.min().item(), -300.0, rtol=0, atol=2)
+    torch.testing.assert_close(maps.double().sum().item(), 1.0, rtol=0, atol=1e-6)
+
+
+def test_gradients_of_probabilities_and_maps_equal_the_direct_formula():
+    head = random_head()
+    features = torch.randn(2, 6, 3, 4, dtype=torch.float64, requires_grad=True)
+    chosen = torch.randn(2, 4, 3, 4, dtype=torch.float64)
+    inputs = [features, head.weight, head.bias, head.t1, head.t2]
+    ours = torch.autograd.grad((head.contributions(features) * chosen).sum(), inputs)
+    logits = direct_logits(features, head.weight, head.bias)
+    direct = torch.autograd.grad((direct_maps(logits, head.t1, head.t2) * chosen).sum(), inputs)
+    for a, b in zip(ours, direct, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
+def test_no_intermediate_is_larger_than_the_maps():
+    """[B, K, h, w], or a copy of the features; forward and backward."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, (tuple, list)) else (out,):
+                if isinstance(tensor, torch.Tensor):
+                    self.numel = max(self.numel, tensor.untyped_storage().nbytes() // 4)
+            return out
+
+    head = CapeHead(8, 50)
+    features = torch.randn(3, 8, 9, 9, requires_grad=True)
+    with Largest() as seen:
+        (head(features).sum() + head.contributions(features)[:, 0].sum()).backward()
+    assert seen.numel == 3 * 50 * 9 * 9
+
+
+def test_a_batch_equals_its_images_and_memory_format_does_not_matter():
+    head = random_head()
+    features = torch.randn(3, 6, 4, 5, dtype=torch.float64)
+    together = head.contributions(features)
+    one_by_one = torch.cat([head.contributions(f[None]) for f in features])
+    torch.testing.assert_close(together, one_by_one, rtol=0, atol=1e-14)
+    last = head.contributions(features.to(memory_format=torch.channels_last))
+    torch.testing.assert_close(together, last, rtol=0, atol=1e-14)
+    assert together.is_contiguous()
+
+
+def test_a_constant_on_all_logits_changes_only_the_relative_map():
+    head = random_head()
+    features = torch.randn(1, 6, 4, 4, dtype=torch.float64)
+    maps, relative = head.contributions(features), head.relative(features)
+    with torch.no_grad():
+        head.bias.add_(1.5)
+    torch.testing.assert_close(head.contributions(features), maps, rtol=0, atol=1e-13)
+    assert (head.relative(features) - relative).abs().max() > 1
+
+
+def test_temperatures_split_is_a_convention_of_the_soft_probabilities():
+    head = random_head()
+    features = torch.randn(2, 6, 4, 4, dtype=torch.float64)
+    soft, log_p = head.soft_log_probs(features), head(features)
+    with torch.no_grad():
+        head.t1.add_(0.4)
+        head.t2.add_(0.4)
+        head.t3.sub_(0.4)
+    torch.testing.assert_close(head.soft_log_probs(features), soft, rtol=0, atol=1e-13)
+    assert (head(features) - log_p).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_from_linear_copies(bias):
+    linear = nn.Linear(6, 4, bias=bias, dtype=torch.float64)
+    head = CapeHead.from_linear(linear)
+    features = torch.randn(2, 6, 3, 3, dtype=torch.float64)
+    expected = linear(features.movedim(1, -1)).movedim(-1, 1)
+    torch.testing.assert_close(head.class_maps(features), expected)
+    assert (head.bias is None) is not bias
+    assert head.t1 == head.t2 == head.t3 == 0
+    with torch.no_grad():
+        head.weight.zero_()
+    assert linear.weight.abs().sum() > 0
+
+
+def test_state_dict_deepcopy_and_casts():
+    head = random_head(dtype=torch.float32)
+    assert [name for name, _ in head.named_parameters()] == ["weight", "bias", "t1", "t2", "t3"]
+    features = torch.randn(2, 6, 3, 3)
+    twin = CapeHead(6, 4)
+    twin.load_state_dict(head.state_dict())
+    for other in (twin, copy.deepcopy(head)):
+        torch.testing.assert_close(other(features), head(features), rtol=0, atol=0)
+    wide = copy.deepcopy(head).double()
+    torch.testing.assert_close(wide(features).float(), head(features))  # float32 is widened
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_float32_head_reads_half_precision_features(dtype):
+    head = random_head(dtype=torch.float32)
+    features = torch.randn(2, 6, 3, 3).to(dtype)
+    torch.testing.assert_close(head(features), head(features.float()), rtol=0, atol=0)
+
+
+def test_autocast():
+    head = random_head(dtype=torch.float32)
+    features = torch.randn(2, 6, 3, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        log_p = head(features)
+    assert log_p.dtype == torch.float32
+    torch.testing.assert_close(log_p, head(features), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("features", "error", "message"),
+    [
+        (torch.randn(6, 3, 3), ValueError, r"unsqueeze\(0\)"),
+        (torch.randn(2, 6), ValueError, "2-D"),
+        (torch.randn(2, 5, 3, 3), ValueError, "built for 6 channels, got 5"),
+        (torch.randn(2, 3, 3, 6), ValueError, r"movedim\(-1, 1\)"),
+        (torch.randn(0, 6, 3, 3), ValueError, "empty"),
+        (torch.randn(2, 6, 0, 3), ValueError, "empty"),
+        (torch.ones(2, 6, 3, 3, dtype=torch.int64), TypeError, r"features\.float\(\)"),
+        (torch.randn(2, 6, 3, 3, dtype=torch.float64), TypeError, "head is torch.float32"),
+    ],
+)
+@pytest.mark.parametrize("method", ["forward", "contributions", "relative", "soft_log_probs"])
+def test_bad_features_are_refused(method, features, error, message):
+    with pytest.raises(error, match=message):
+        getattr(CapeHead(6, 4), method)(features)
+
+
+def test_bad_sizes_are_refused():
+    with pytest.raises(ValueError, match="at least 2"):
+        CapeHead(6, 1)
+    with pytest.raises(ValueError, match="at least 1 channel"):
+        CapeHead(0, 4)
+    with pytest.raises(TypeError, match=r"model\.fc"):
+        CapeHead.from_linear(nn.Conv2d(6, 4, 1))
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        CapeHead(6, 4).load_state_dict(CapeHead(6, 5).state_dict())
