@@ -2,8 +2,11 @@
 
 * :class:`SimilarityModel` makes an encoder and its references a model whose classes are the
   references, for every Captum and pytorch-grad-cam tool.
+* :mod:`fam_plugins.cape` gives a classifier a head whose heatmap is a probability (CAPE, CVPR 2024,
+  arXiv 2404.02388).
 * :class:`fam_plugins.captum.LayerFam` and :class:`fam_plugins.grad_cam.FAM` are the Feature
-  Activation Map (arXiv 2307.05017) and its sibling rules in the two tools' own form.
+  Activation Map (arXiv 2307.05017) and its sibling rules in the two tools' own form;
+  :class:`fam_plugins.captum.LayerCape` and :class:`fam_plugins.grad_cam.CAPE` are CAPE's.
 
 The two tools load on first use of their adapter; importing this package loads neither.
 """
@@ -14,18 +17,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fam_plugins import captum, grad_cam
-    from fam_plugins.captum import LayerFam
-    from fam_plugins.grad_cam import FAM, SimilarityTarget
+    from fam_plugins import cape, captum, grad_cam
+    from fam_plugins.captum import LayerCape, LayerFam
+    from fam_plugins.grad_cam import CAPE, FAM, SimilarityTarget
     from fam_plugins.references import prototypes
     from fam_plugins.similarity import frozen_scores
     from fam_plugins.similarity_model import SimilarityModel
 
 __all__ = [
+    "CAPE",
     "FAM",
+    "LayerCape",
     "LayerFam",
     "SimilarityModel",
     "SimilarityTarget",
+    "cape",
     "captum",
     "frozen_scores",
     "grad_cam",
@@ -35,7 +41,9 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOME = {
+    "CAPE": "grad_cam",
     "FAM": "grad_cam",
+    "LayerCape": "captum",
     "LayerFam": "captum",
     "SimilarityModel": "similarity_model",
     "SimilarityTarget": "grad_cam",
@@ -47,7 +55,7 @@ _HOME = {
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-    if name in ("captum", "grad_cam"):
+    if name in ("cape", "captum", "grad_cam"):
         return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -40,6 +40,7 @@ class LayerPass:
         at_input: Take each layer's input instead of its output.
         zeros: Replace what the layers give by zeros: the pass then yields the constant term of
             a score that is linear in them.
+        differentiate: Whether :meth:`gradients` will be asked for; otherwise nothing is recorded.
 
     Example:
         >>> pooled = nn.Sequential(nn.ReLU(), nn.Flatten())
@@ -56,11 +57,13 @@ class LayerPass:
         *,
         at_input: bool = False,
         zeros: bool = False,
+        differentiate: bool = True,
     ) -> None:
         self._layers = list(layers)
         self._slots = {layer: _Slot(name) for layer, name in zip(layers, names, strict=True)}
         self._at_input = at_input
         self._zeros = zeros
+        self._differentiate = differentiate
         self._tracking = False
 
     def run(self, forward: Callable[[], T]) -> T:
@@ -171,6 +174,8 @@ class LayerPass:
         """Turn on autograd from this tensor on, or stay in the graph of an earlier layer."""
         if self._zeros:
             return torch.zeros_like(tensor)
+        if not self._differentiate:
+            return tensor
         torch.set_grad_enabled(True)
         if self._tracking and tensor.requires_grad:
             return tensor

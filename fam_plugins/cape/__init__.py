@@ -4,17 +4,17 @@ Source: Chowdhury et al., "CAPE: CAM as a Probabilistic Ensemble for Enhanced DN
 Interpretation", CVPR 2024 (arXiv:2404.02388).
 """
 
-from .calibrate import Calibration, calibrate_temperature
-from .convert import CapeModel, with_cape_head
-from .fit import FitHistory, fit_cape_head
-from .head import CapeHead
-from .loss import cape_loss
-from .released import (
+from fam_plugins.cape.calibrate import Calibration, calibrate_temperature
+from fam_plugins.cape.convert import CapeModel, with_cape_head
+from fam_plugins.cape.fit import FitHistory, fit_cape_head
+from fam_plugins.cape.head import CapeHead
+from fam_plugins.cape.loss import cape_loss
+from fam_plugins.cape.released import (
     head_state_from_release,
     head_state_to_release,
     resnet_state_from_release,
 )
-from .upsample import upsample_conserving_mass
+from fam_plugins.cape.upsample import upsample_conserving_mass
 
 __all__ = [
     "Calibration",

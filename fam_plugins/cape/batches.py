@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .convert import CapeModel
-from .loss import check_labels
+from fam_plugins.cape.convert import CapeModel
+from fam_plugins.cape.loss import check_labels
 
 __all__ = ["checked_batches", "computed_features", "refuse_one_shot"]
 

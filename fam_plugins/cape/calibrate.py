@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .batches import checked_batches, computed_features
-from .convert import CapeModel
-from .eval_mode import eval_mode
-from .head import CapeHead
+from fam_plugins.cape.batches import checked_batches, computed_features
+from fam_plugins.cape.convert import CapeModel
+from fam_plugins.cape.head import CapeHead
+from fam_plugins.eval_mode import eval_mode
 
 __all__ = ["Calibration", "calibrate_temperature"]
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .head import CapeHead
+from fam_plugins.cape.head import CapeHead
 
 __all__ = ["fingerprint", "load_progress", "prepare_path", "save_progress"]
 

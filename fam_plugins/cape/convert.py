@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .head import CapeHead
-from .locate import Site, locate
+from fam_plugins.cape.head import CapeHead
+from fam_plugins.cape.locate import Site, locate
 
 __all__ = ["CapeModel", "with_cape_head"]
 

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .feature_check import checked_features
-from .released import head_state_from_release
+from fam_plugins.cape.feature_check import checked_features
+from fam_plugins.cape.released import head_state_from_release
 
 __all__ = ["CapeHead"]
 

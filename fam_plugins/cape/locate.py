@@ -9,7 +9,7 @@ from difflib import get_close_matches
 import torch
 from torch import Tensor, nn
 
-from .probe import Event, Trace, trace
+from fam_plugins.cape.probe import Event, Trace, trace
 
 __all__ = ["Site", "locate"]
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .head import CapeHead
+from fam_plugins.cape.head import CapeHead
 
 __all__ = ["cape_loss"]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .eval_mode import eval_mode
+from fam_plugins.eval_mode import eval_mode
 
 __all__ = ["Event", "Trace", "trace"]
 

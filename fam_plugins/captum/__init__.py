@@ -1,4 +1,4 @@
-"""FAM inside Captum."""
+"""FAM and CAPE inside Captum."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ try:
 except ImportError as error:
     raise ImportError("fam_plugins.captum needs Captum: pip install captum") from error
 
+from fam_plugins.captum.layer_cape import LayerCape
 from fam_plugins.captum.layer_fam import LayerFam
 
-__all__ = ["LayerFam"]
+__all__ = ["LayerCape", "LayerFam"]

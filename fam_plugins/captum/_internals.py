@@ -1,7 +1,8 @@
-"""The two private functions of Captum that a LayerAttribution cannot do without.
+"""What every attribution of ours takes from Captum: its inputs, its targets, its forward call.
 
-Captum's own methods call them to feed a model and to select targets, and its tests check for
-their errors. They are the same in Captum 0.7 to 0.9.
+The two private functions imported here are the only ones the package uses. Captum's own methods
+call them to feed a model and to select targets, and its tests check for their errors. They are
+the same in Captum 0.7 to 0.9.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from typing import Any
 from captum._utils.common import _run_forward, _select_targets
 from torch import Tensor
 
-__all__ = ["run_forward", "select_scores"]
+__all__ = ["TensorOrTensors", "batch_size", "run_forward", "select_scores"]
+
+TensorOrTensors = Tensor | tuple[Tensor, ...]
 
 
 def run_forward(forward_func: Callable[..., Any], inputs: Any, additional_forward_args: Any) -> Any:
@@ -93,3 +96,18 @@ def _check_range(output: Tensor, target: Any) -> None:
             f"target {wrong[0]} is out of range: the model has {count} outputs, "
             f"so targets go from 0 to {count - 1}"
         )
+
+
+def batch_size(inputs: TensorOrTensors) -> int:
+    """The number of images in Captum's ``inputs``.
+
+    Raises:
+        TypeError: If they are neither a tensor nor a tuple of tensors.
+        ValueError: If there are none.
+    """
+    first = inputs[0] if isinstance(inputs, tuple) else inputs
+    if not isinstance(first, Tensor):
+        raise TypeError(f"inputs must be a tensor or a tuple of tensors, not {type(inputs)}")
+    if len(first) == 0:
+        raise ValueError("the batch is empty: pass at least one image")
+    return len(first)

@@ -10,14 +10,12 @@ from captum.attr import LayerAttribution
 from captum.log import log_usage
 from torch import Tensor, nn
 
-from fam_plugins.captum._internals import run_forward, select_scores
+from fam_plugins.captum._internals import TensorOrTensors, batch_size, run_forward, select_scores
 from fam_plugins.layer_pass import LayerTensors, find_layer
 from fam_plugins.rule_pass import RulePass
 from fam_plugins.rules import Rule, find_rule
 
 __all__ = ["LayerFam"]
-
-TensorOrTensors = Tensor | tuple[Tensor, ...]
 
 
 class LayerFam(LayerAttribution):
@@ -121,7 +119,7 @@ class LayerFam(LayerAttribution):
         rule = find_rule(self.rule)
         if return_convergence_delta:
             _check_adds_up(rule)
-        batch = _batch_size(inputs)
+        batch = batch_size(inputs)
         one, forward = self._prepare(inputs, additional_forward_args, attribute_to_layer_input)
         output = one.run(forward)
         scores = select_scores(output, target)
@@ -222,12 +220,3 @@ def _total(maps: LayerTensors) -> Tensor:
     """The sum of each image's maps, ``[B]``."""
     total: Tensor = sum(part.flatten(1).sum(dim=1) for part in maps)  # type: ignore[assignment]
     return total
-
-
-def _batch_size(inputs: TensorOrTensors) -> int:
-    first = _tuple(inputs)[0]
-    if not isinstance(first, Tensor):
-        raise TypeError(f"inputs must be a tensor or a tuple of tensors, not {type(inputs)}")
-    if len(first) == 0:
-        raise ValueError("the batch is empty: pass at least one image")
-    return len(first)

@@ -1,4 +1,4 @@
-"""FAM inside pytorch-grad-cam, and a similarity target for every method there."""
+"""FAM and CAPE inside pytorch-grad-cam, and a similarity target for every method there."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ except ImportError as error:
         "fam_plugins.grad_cam needs pytorch-grad-cam: pip install grad-cam"
     ) from error
 
+from fam_plugins.grad_cam.cape import CAPE
 from fam_plugins.grad_cam.fam import FAM
 from fam_plugins.grad_cam.target import SimilarityTarget
 
-__all__ = ["FAM", "SimilarityTarget"]
+__all__ = ["CAPE", "FAM", "SimilarityTarget"]

@@ -9,7 +9,8 @@ import torch
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import Tensor, nn
 
-from fam_plugins import FAM, LayerFam, SimilarityModel
+from fam_plugins import CAPE, FAM, LayerCape, LayerFam, SimilarityModel
+from fam_plugins.cape import CapeModel, with_cape_head
 from fam_plugins.rules import RULES
 from tests.networks import classifier, encoder
 
@@ -22,6 +23,8 @@ class Explainer:
     explain: Callable[[nn.Module, nn.Module | str, Tensor, list[int]], Tensor]
     keeps_mode: bool
     """Whether it runs the model in the mode it finds it in (Captum), or in eval mode."""
+    kinds: tuple[str, ...] = ("classifier", "cosine", "dot", "euclidean", "contrast")
+    """The models of :data:`MODELS` that it explains."""
 
     def __str__(self) -> str:
         return self.name
@@ -52,7 +55,35 @@ def fam(rule: str) -> Explainer:
     return Explainer(f"FAM-{rule}", explain, keeps_mode=False)
 
 
-EXPLAINERS = [make(rule) for make in (layer_fam, fam) for rule in RULES]
+def layer_cape(relative: bool) -> Explainer:
+    return Explainer(
+        f"LayerCape-{'relative' if relative else 'probability'}",
+        lambda model, layer, images, targets: LayerCape(model, layer, relative=relative).attribute(
+            images, target=targets
+        ),
+        keeps_mode=True,
+        kinds=("cape",),
+    )
+
+
+def cape(relative: bool) -> Explainer:
+    def explain(
+        model: nn.Module, layer: nn.Module | str, images: Tensor, targets: list[int]
+    ) -> Tensor:
+        cam = CAPE(model, [layer], relative=relative)
+        result = cam(images, [ClassifierOutputTarget(t) for t in targets])
+        assert result.shape == (len(images), *images.shape[2:])
+        assert result.dtype == "float32"
+        assert result.min() >= 0
+        assert result.max() <= 1
+        return cam.attributions[0]
+
+    name = f"CAPE-{'relative' if relative else 'probability'}"
+    return Explainer(name, explain, keeps_mode=False, kinds=("cape",))
+
+
+RULED = [make(rule) for make in (layer_fam, fam) for rule in RULES]
+EXPLAINERS = [*RULED, *(make(flag) for make in (layer_cape, cape) for flag in (False, True))]
 
 
 def similarity_model(similarity: str = "cosine", contrast: object = None) -> SimilarityModel:
@@ -66,9 +97,14 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "dot": lambda: similarity_model("dot"),
     "euclidean": lambda: similarity_model("euclidean"),
     "contrast": lambda: similarity_model("euclidean", "others"),
+    "cape": lambda: cape_model(),
 }
+
+
+def cape_model() -> CapeModel:
+    return with_cape_head(classifier(), example_input=torch.rand(1, 3, 8, 8))
 
 
 def network(model: nn.Module) -> nn.Module:
     """The network inside: the encoder of a similarity model, or the classifier itself."""
-    return getattr(model, "encoder", model)
+    return getattr(model, "encoder", getattr(model, "model", model))
