@@ -113,10 +113,14 @@ def draw(model, image, label, path):
     )
     for row, k in enumerate(top):
         left, cape, relative_cam, relative_grad = axes[row]
-        left.imshow(image[0], cmap="gray_r", extent=extent)
+        left.imshow(image[0].numpy(), cmap="gray_r", extent=extent)
         left.set_title(f"class {k}\nCAPE {p[k]:.1%}, vanilla head {vanilla[k]:.1%}")
         drawn = cape.imshow(
-            100 * maps[k], cmap="viridis", vmin=0, vmax=100 * maps[top].max().item(), extent=extent
+            100 * maps[k].numpy(),
+            cmap="viridis",
+            vmin=0,
+            vmax=100 * maps[top].max().item(),
+            extent=extent,
         )
         brightest = maps[top].max()
         for i in range(rows):
@@ -138,7 +142,7 @@ def draw(model, image, label, path):
             (relative_grad, attribution.detach()[0, 0].cpu(), "Grad-CAM"),
         ):
             scaled = relative / relative.max().clamp(min=1e-12)
-            axis.imshow(scaled, cmap="magma", vmin=0, vmax=1, extent=extent)
+            axis.imshow(scaled.numpy(), cmap="magma", vmin=0, vmax=1, extent=extent)
             axis.set_title(f"{name}, relative\n(own maximum = 1)")
     for axis in axes.flat:
         axis.set_xticks([])

@@ -126,14 +126,8 @@ def calibrate_temperature(
         answers = torch.cat(answered)
         before = _log_probs(head, batches, 0.0)
         shift = _best_shift(head, batches, answers, low, high)
-        original = [head.t1.clone(), head.t2.clone(), head.t3.clone()]
         _apply(head, shift)
         after = _log_probs(head, batches, 0.0)
-        if _nll(after, answers) > _nll(before, answers):
-            # Storing the shift in a narrow type may round it past the optimum.
-            for parameter, value in zip((head.t1, head.t2, head.t3), original, strict=True):
-                parameter.copy_(value)
-            shift, after = 0.0, before
         own = torch.cat(vanilla)
     return Calibration(
         shift=shift,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fam_plugins.cape.head import CapeHead
@@ -91,10 +92,11 @@ class CapeModel(nn.Module):
         """
         caught: list[Tensor] = []
         # DataParallel replicas share their hook tables, so each thread minds its own call.
-        thread = threading.get_ident()
+        # (A compiled graph has no threads to tell apart, and no way to ask.)
+        thread = None if torch.compiler.is_compiling() else threading.get_ident()
 
         def route(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor | None:
-            if threading.get_ident() != thread:
+            if thread is not None and threading.get_ident() != thread:
                 return None
             features: Tensor = output.movedim(-1, 1) if self.site.channels_last else output
             if self.site.relu:

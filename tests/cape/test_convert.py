@@ -64,6 +64,13 @@ def test_families(library, name, layer, size):
     assert features.ndim == 4
     # What CAPE rests on: the classifier sees the mean of this map, and nothing else.
     torch.testing.assert_close(linear(features.mean(dim=(2, 3))), logits, rtol=1e-4, atol=1e-5)
+    # The map lies upstream of the model's own logits as well. (DenseNet's ReLU runs after it once
+    # more, with gradient 0 at 0.)
+    slope = torch.autograd.grad(logits[:, 1].sum(), features, retain_graph=True)[0]
+    expected = linear.weight[1, :, None, None] / features.shape[2:].numel()
+    expected = expected.expand_as(slope)
+    live = features > 0 if model.site.relu else torch.ones_like(features, dtype=torch.bool)
+    torch.testing.assert_close(slope[live], expected[live])
     log_p = model(images)
     torch.testing.assert_close(log_p.exp().sum(1), torch.ones(2))
     torch.testing.assert_close(log_p, model.head(features))

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from fam_plugins.cape import CapeHead, CapeModel, cape_loss, fit_cape_head, with_cape_head
+from fam_plugins.cape.feature_cache import FeatureCache
 
 from .conftest import small_network
 
@@ -96,7 +97,7 @@ def test_t3_stays_the_sum_of_t1_and_t2(model, batches):
 
 @pytest.mark.parametrize("cache", [False, True])
 def test_a_resumed_fit_equals_an_uninterrupted_one(network, batches, tmp_path, cache):
-    settings = {"lr": 0.05, "step_size": 2, "cache": cache, **QUIET}
+    settings = {"lr": 0.05, "step_size": 3, "gamma": 0.1, "cache": cache, **QUIET}
     start = with_cape_head(network)
     whole, parts = copy.deepcopy(start), copy.deepcopy(start)
     expected = fit_cape_head(whole, batches, epochs=5, **settings)
@@ -114,7 +115,16 @@ def test_a_resumed_fit_equals_an_uninterrupted_one(network, batches, tmp_path, c
     assert torch.equal(again.head.weight, whole.head.weight)
 
 
-def test_cached_epochs_cost_the_head_alone():
+@pytest.fixture
+def one_thread():
+    """Timings of small operations say nothing while threads wait for each other's turn."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_cached_epochs_cost_the_head_alone(one_thread):
     """20 cached epochs cheaper than 2 uncached, and the backbone runs once per batch."""
     torch.manual_seed(0)
     network = nn.Sequential(
@@ -153,6 +163,20 @@ def test_the_cache_serves_every_image_once_per_epoch(model, batches):
     cached = fit_cape_head(model, iter(batches), epochs=2, lr=1e-12, cache=True, **QUIET)
     for name in ("loss", "agreement", "confidence"):
         assert getattr(cached, name) == pytest.approx(getattr(uncached, name) * 2, rel=1e-5)
+
+
+def test_the_cache_is_shuffled_anew_every_epoch():
+    features, logits = torch.arange(10.0).reshape(10, 1, 1, 1), torch.arange(10.0)[:, None]
+    cache = FeatureCache([(features[:4], logits[:4]), (features[4:], logits[4:])])
+    orders = []
+    for epoch in (0, 1, 1):
+        batches = list(cache.shuffled(epoch))
+        assert [len(f) for f, _ in batches] == [4, 4, 2]
+        assert len(cache) == 3
+        assert all(torch.equal(f.flatten(), t.flatten()) for f, t in batches)
+        orders.append(torch.cat([f for f, _ in batches]).flatten().tolist())
+        assert sorted(orders[-1]) == list(range(10))
+    assert orders[0] != orders[1] == orders[2]
 
 
 def test_loaders_of_images_alone_and_other_dtypes(model, batches):
