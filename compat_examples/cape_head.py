@@ -1,6 +1,6 @@
 """CAPE on handwritten digits: train a classifier, post-fit a CAPE head, calibrate it, look at it.
 
-    python compat_examples/cape_head.py --out out/cape_head.png
+    python compat_examples/cape_head.py --out out
 
 Real images (scikit-learn's 1,797 digits), no download, under a minute on two CPU cores. Prints
 accuracy, how often the two heads agree, confidence, likelihood, calibration error and how exactly
@@ -21,6 +21,7 @@ from sklearn.model_selection import train_test_split
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from fam_plugins import LayerCape
 from fam_plugins.cape import (
     calibrate_temperature,
     fit_cape_head,
@@ -95,14 +96,14 @@ def draw(model, image, label, path):
     with torch.no_grad():
         features, logits = model.features_and_logits(batch)
         p = model.head(features).exp()[0].cpu()
-        maps = model.head.contributions(features)[0].cpu()
         # CAM: the vanilla classifier's weights on the map, without the bias, cut at 0.
         cam = torch.einsum("kc,chw->khw", model.classifier.weight, features[0]).relu().cpu()
     vanilla = logits.softmax(1)[0].cpu()
-    grad_cam = LayerGradCam(model.vanilla, model.feature_map)
     top = p.topk(3).indices.tolist()
+    cape_maps = torch.cat([LayerCape(model).attribute(batch, target=k) for k in top])[:, 0].cpu()
+    grad_cam = LayerGradCam(model.vanilla, model.feature_map)
     height, width = image.shape[-2:]
-    rows, columns = maps.shape[-2:]
+    rows, columns = cape_maps.shape[-2:]
     extent = (0, width, height, 0)
 
     figure = plt.figure(figsize=(12.6, 10.2), layout="constrained")
@@ -111,21 +112,21 @@ def draw(model, image, label, path):
         f"A held-out {label}; the vanilla head says {int(vanilla.argmax())}, the CAPE head "
         f"{top[0]}. CAPE's numbers are probabilities, comparable across classes."
     )
+    brightest = cape_maps.max().item()
     for row, k in enumerate(top):
         left, cape, relative_cam, relative_grad = axes[row]
         left.imshow(image[0].numpy(), cmap="gray_r", extent=extent)
         left.set_title(f"class {k}\nCAPE {p[k]:.1%}, vanilla head {vanilla[k]:.1%}")
         drawn = cape.imshow(
-            100 * maps[k].numpy(),
+            100 * cape_maps[row].numpy(),
             cmap="viridis",
             vmin=0,
-            vmax=100 * maps[top].max().item(),
+            vmax=100 * brightest,
             extent=extent,
         )
-        brightest = maps[top].max()
         for i in range(rows):
             for j in range(columns):
-                value = maps[k, i, j]
+                value = cape_maps[row, i, j].item()
                 cape.text(
                     (j + 0.5) * width / columns,
                     (i + 0.5) * height / rows,
@@ -135,7 +136,7 @@ def draw(model, image, label, path):
                     fontsize=9,
                     color="black" if value > 0.6 * brightest else "white",
                 )
-        cape.set_title(f"CAPE map in %\n(sum {maps[k].sum():.1%})")
+        cape.set_title(f"CAPE map in %\n(sum {cape_maps[row].sum():.1%})")
         attribution = grad_cam.attribute(batch, target=k, relu_attributions=True)
         for axis, relative, name in (
             (relative_cam, cam[k], "CAM"),
@@ -155,7 +156,7 @@ def draw(model, image, label, path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("out/cape_head.png"), help="the picture")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the picture")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
@@ -187,20 +188,26 @@ def main():
     print(calibration)
 
     with torch.no_grad():
-        features, logits = model.features_and_logits(images)
-        log_p, maps = model.head(features), model.head.contributions(features)
+        log_p, logits = model.both(images)
+        predicted = log_p.argmax(1)
+        shown = LayerCape(model).attribute(images, target=predicted)
+        maps = model.head.contributions(model.features(images))
         large = upsample_conserving_mass(maps, (64, 64), mode="bilinear")
     nll = F.nll_loss(log_p, labels).item()
     print(f"test images: accuracy {(log_p.argmax(1) == labels).double().mean():.1%}, NLL {nll:.4f}")
+    chosen = log_p.exp().gather(1, predicted[:, None])[:, 0]
+    adapter_error = (shown.sum((1, 2, 3)) - chosen).abs().max().item()
+    print(f"largest |sum of a LayerCape map - its probability|: {adapter_error:.1e}")
     sum_error = (maps.sum((2, 3)) - log_p.exp()).abs().max().item()
     large_error = (large.sum((2, 3)) - log_p.exp()).abs().max().item()
-    print(f"largest |sum of a map - its probability|: {sum_error:.1e}; at 64x64: {large_error:.1e}")
+    print(f"the same over all classes: {sum_error:.1e}; at 64x64: {large_error:.1e}")
 
     # An image that both heads read alike, but hesitantly, shows more than one class.
     agreed = log_p.argmax(1) == logits.argmax(1)
     hardest = int((logits.softmax(1).amax(1) + (~agreed).float()).argmin())
-    draw(model, images[hardest].cpu(), int(labels[hardest]), options.out)
-    print(f"picture: {options.out}")
+    path = options.out / "cape_head.png"
+    draw(model, images[hardest].cpu(), int(labels[hardest]), path)
+    print(f"wrote {path}")
 
 
 if __name__ == "__main__":
