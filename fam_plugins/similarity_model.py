@@ -163,6 +163,30 @@ class SimilarityModel(nn.Module):
         """
         return embed(self.encoder, images)
 
+    def score(self, embeddings: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Score embeddings ``[B, D]`` against the references, or against some rows of them.
+
+        Args:
+            embeddings: ``[B, D]``.
+            rows: Indices of references ``[n]``; all by default. ``contrast="others"`` means the
+                others of all references, whichever rows are asked for.
+
+        Returns:
+            ``[B, n]``.
+
+        Raises:
+            ValueError: If the embeddings have another width than the references, are not finite,
+                or zero under cosine.
+
+        Example:
+            >>> import torch
+            >>> model = SimilarityModel(nn.Flatten(), torch.eye(3), similarity="dot")
+            >>> model.score(torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([2, 0]))
+            tensor([[3., 1.]])
+        """
+        scores = score(self.similarity, embeddings, self.references, self.contrast)
+        return scores if rows is None else scores[:, rows]
+
     def forward(self, images: Tensor) -> Tensor:
         """Images ``[B, ...]`` -> scores ``[B, N]``; ``N`` the number of references.
 
@@ -171,7 +195,7 @@ class SimilarityModel(nn.Module):
             ValueError: If embeddings have another width than the references, are not finite, or
                 zero under cosine.
         """
-        return score(self.similarity, self.embed(images), self.references, self.contrast)
+        return self.score(self.embed(images))
 
     def extra_repr(self) -> str:
         """Show the number of references, their width, the similarity and the contrast."""
