@@ -11,7 +11,12 @@ from captum.log import log_usage
 from torch import Tensor, nn
 
 from fam_plugins.captum._internals import TensorOrTensors, batch_size, run_forward, select_scores
-from fam_plugins.captum.many_references import ModelScores, check_indices, map_references
+from fam_plugins.captum.many_references import (
+    ModelScores,
+    as_column,
+    check_indices,
+    map_references,
+)
 from fam_plugins.layer_pass import LayerTensors, find_layer
 from fam_plugins.rule_pass import RulePass
 from fam_plugins.rules import Rule, find_rule
@@ -121,6 +126,17 @@ class LayerFam(LayerAttribution):
         if return_convergence_delta:
             _check_adds_up(rule)
         batch = batch_size(inputs)
+        as_usual = attr_dim_summation and not (
+            attribute_to_layer_input or grad_kwargs or return_convergence_delta
+        )
+        column = as_column(self.forward_func, target, batch) if as_usual else None
+        if column is not None:
+            return self.attribute_references(
+                inputs,
+                column,
+                additional_forward_args=additional_forward_args,
+                relu_attributions=relu_attributions,
+            ).squeeze(1)
         one, forward = self._prepare(inputs, additional_forward_args, attribute_to_layer_input)
         output = one.run(forward)
         scores = select_scores(output, target)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fam_plugins.captum._internals import run_forward
 from fam_plugins.directions import directions
+from fam_plugins.gallery import Gallery
 from fam_plugins.layer_pass import LayerTensors
 from fam_plugins.many_gradients import map_many
 from fam_plugins.rule_pass import RulePass
@@ -18,7 +19,7 @@ from fam_plugins.rules import Rule
 from fam_plugins.similarity_model import SimilarityModel
 from fam_plugins.tail import find_pooled_tail
 
-__all__ = ["ModelScores", "check_indices", "map_references"]
+__all__ = ["ModelScores", "as_column", "check_indices", "map_references"]
 
 
 class ModelScores:
@@ -189,6 +190,30 @@ def check_indices(
         raise ValueError("indices have no columns: ask for at least one reference an image")
     model = _similarity_model(forward_func)
     _check_range(chosen, None if model is None else len(model.references))
+
+
+def as_column(forward_func: Callable[..., Any], target: Any, batch: int) -> Tensor | None:
+    """Indices ``[batch, 1]`` for a target, if explaining it that way saves reading a gallery.
+
+    Args:
+        forward_func: The model.
+        target: Captum's target.
+        batch: The number of images.
+
+    Returns:
+        ``None`` where the model holds no memory-mapped gallery, or the target is not one index an
+        image; the usual road then judges it.
+    """
+    model = _similarity_model(forward_func)
+    if model is None or not isinstance(model.references, Gallery):
+        return None
+    try:
+        given = _as_integers(target).flatten()
+    except TypeError:
+        return None
+    if given.numel() not in (1, batch) or int(given.min()) < 0:
+        return None
+    return given.expand(batch)[:, None]
 
 
 def _as_integers(indices: Any) -> Tensor:
