@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from fam_plugins import cape, captum, grad_cam
     from fam_plugins.captum import LayerCape, LayerFam
     from fam_plugins.grad_cam import CAPE, FAM, SimilarityTarget
+    from fam_plugins.average import gallery_mean
+    from fam_plugins.pair import explain_pair
     from fam_plugins.references import prototypes
     from fam_plugins.similarity import frozen_scores
     from fam_plugins.similarity_model import SimilarityModel
@@ -33,7 +35,9 @@ __all__ = [
     "SimilarityTarget",
     "cape",
     "captum",
+    "explain_pair",
     "frozen_scores",
+    "gallery_mean",
     "grad_cam",
     "prototypes",
 ]
@@ -47,7 +51,9 @@ _HOME = {
     "LayerFam": "captum",
     "SimilarityModel": "similarity_model",
     "SimilarityTarget": "grad_cam",
+    "explain_pair": "pair",
     "frozen_scores": "similarity",
+    "gallery_mean": "average",
     "prototypes": "references",
 }
 

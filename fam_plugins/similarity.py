@@ -230,9 +230,22 @@ def score(
             against = compare(embeddings, contrast.to(compute_dtype))
             scores = scores - against.mean(dim=1, keepdim=True)
         elif isinstance(contrast, str):
-            others = scores.sum(dim=1, keepdim=True) - scores
-            scores = scores - others / (scores.shape[1] - 1)
+            scores = subtract_others(scores)
     return scores.to(result_dtype)
+
+
+def subtract_others(scores: Tensor) -> Tensor:
+    """Subtract from each score ``[B, N]`` the mean of the other ones: ``contrast="others"``.
+
+    Example:
+        >>> subtract_others(torch.tensor([[1.0, 2.0, 6.0]]))
+        tensor([[-3.0000, -1.5000,  4.5000]])
+    """
+    frozen = _active.get()
+    if frozen is not None:
+        frozen.contrasted = True
+    others = scores.sum(dim=1, keepdim=True) - scores
+    return scores - others / (scores.shape[1] - 1)
 
 
 def _frozen_compare(

@@ -10,7 +10,13 @@ from torch import Tensor, nn
 
 from fam_plugins.gallery import Gallery, is_on_disk
 from fam_plugins.references import embed, embed_once, prototypes, unique_labels
-from fam_plugins.similarity import Contrast, check_embeddings, find_similarity, score
+from fam_plugins.similarity import (
+    Contrast,
+    check_embeddings,
+    find_similarity,
+    score,
+    subtract_others,
+)
 
 __all__ = ["SimilarityModel"]
 
@@ -196,15 +202,9 @@ class SimilarityModel(nn.Module):
             >>> model.score(torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([2, 0]))
             tensor([[3., 1.]])
         """
-        against = self.contrast_embeddings
-        if self._others:
-            scores = self._against_all(embeddings)
-            others = scores.sum(dim=1, keepdim=True) - scores
-            scores = scores - others / (scores.shape[1] - 1)
-        elif rows is not None:
-            return score(self.similarity, embeddings, self._rows(rows, embeddings), against)
-        else:
-            scores = self._against_all(embeddings, against)
+        if rows is not None and not self._others:
+            return score(self.similarity, embeddings, self._rows(rows, embeddings), self.contrast)
+        scores = self._against_all(embeddings)
         return scores if rows is None else scores[:, rows]
 
     def _rows(self, rows: Tensor, like: Tensor) -> Tensor:
@@ -212,14 +212,15 @@ class SimilarityModel(nn.Module):
             return self.references.rows(rows, like=like)
         return self.references[rows]
 
-    def _against_all(self, embeddings: Tensor, contrast: Tensor | None = None) -> Tensor:
+    def _against_all(self, embeddings: Tensor) -> Tensor:
         if not isinstance(self.references, Gallery):
-            return score(self.similarity, embeddings, self.references, contrast)
+            return score(self.similarity, embeddings, self.references, self.contrast)
         parts = [
-            score(self.similarity, embeddings, part, contrast)
+            score(self.similarity, embeddings, part, self.contrast_embeddings)
             for part in self.references.chunks(like=embeddings)
         ]
-        return torch.cat(parts, dim=1)
+        scores = torch.cat(parts, dim=1)
+        return subtract_others(scores) if self._others else scores
 
     def forward(self, images: Tensor) -> Tensor:
         """Images ``[B, ...]`` -> scores ``[B, N]``; ``N`` the number of references.

@@ -1,0 +1,172 @@
+"""Both images of a pair, against explaining each with the other as its only reference."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fam_plugins import LayerFam, SimilarityModel, explain_pair
+from fam_plugins.rules import RULES
+from tests.networks import State, TinyNet, encoder
+
+A = torch.randn(3, 3, 8, 10, generator=torch.Generator().manual_seed(0))
+B = torch.randn(3, 3, 12, 6, generator=torch.Generator().manual_seed(1))
+ROWS = torch.randn(4, 6, generator=torch.Generator().manual_seed(2))
+
+pytestmark = pytest.mark.filterwarnings('ignore:rule "fam" rescales')
+
+
+def linear_head(bias: bool = False) -> TinyNet:
+    torch.manual_seed(0)
+    return TinyNet(head=nn.Linear(6, 6, bias=bias)).eval()
+
+
+def deep_head() -> TinyNet:
+    torch.manual_seed(0)
+    return TinyNet(head=nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 6))).eval()
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("similarity", ["cosine", "dot", "euclidean"])
+@pytest.mark.parametrize("contrast", [None, ROWS], ids=["none", "rows"])
+def test_each_side_is_the_query_and_the_other_its_reference(rule, similarity, contrast):
+    for net in (encoder(), linear_head(bias=True), deep_head()):
+        pair = explain_pair(net, "last", A, B, similarity=similarity, rule=rule, contrast=contrast)
+        for mine, this, other in ((pair.map_a, A, B), (pair.map_b, B, A)):
+            model = SimilarityModel(net, net(other), similarity=similarity, contrast=contrast)
+            expected = LayerFam(model, "last", rule=rule).attribute(this, [0, 1, 2])
+            torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-6)
+        plain = SimilarityModel(net, net(B), similarity=similarity)(A).diagonal()
+        torch.testing.assert_close(pair.score, plain.detach(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("embed", ["model", "pooled"])
+@pytest.mark.parametrize("rule", RULES)
+def test_swapping_the_images_swaps_the_maps(rule, embed):
+    for net in (encoder(), deep_head()):
+        there = explain_pair(net, "last", A, B, rule=rule, difference=True, embed=embed)
+        back = explain_pair(net, "last", B, A, rule=rule, difference=True, embed=embed)
+        assert torch.equal(there.map_a, back.map_b)
+        assert torch.equal(there.map_b, back.map_a)
+        assert torch.equal(there.difference_a, back.difference_b)
+        assert torch.equal(there.difference_b, back.difference_a)
+        torch.testing.assert_close(there.score, back.score)
+
+
+@pytest.mark.parametrize("make", [encoder, linear_head])
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+def test_additive_maps_sum_to_the_score(make, similarity):
+    pair = explain_pair(make(), "last", A, B, similarity=similarity)
+    for part, delta in ((pair.map_a, pair.delta_a), (pair.map_b, pair.delta_b)):
+        torch.testing.assert_close(part.sum((1, 2, 3)), pair.score, rtol=1e-5, atol=1e-6)
+        assert delta.abs().max() < 1e-5
+
+
+def test_the_gap_is_reported_where_maps_do_not_add_up():
+    for make in (deep_head, lambda: linear_head(bias=True)):
+        pair = explain_pair(make(), "last", A, B)
+        for part, delta in ((pair.map_a, pair.delta_a), (pair.map_b, pair.delta_b)):
+            torch.testing.assert_close(delta, part.sum((1, 2, 3)) - pair.score)
+            assert delta.abs().min() > 1e-3
+    assert explain_pair(encoder(), "last", A, B, rule="fam").delta_a is None
+
+
+def test_euclidean_maps_sum_to_the_linear_part():
+    net = encoder()
+    pair = explain_pair(net, "last", A, B, similarity="euclidean")
+    za, zb = net(A).detach(), net(B).detach()
+    torch.testing.assert_close(pair.map_a.sum((1, 2, 3)), 2 * (za * zb).sum(1))
+    assert pair.delta_a.abs().max() < 1e-5
+    torch.testing.assert_close(pair.score, -(za - zb).square().sum(1))
+
+
+def test_pooled_ignores_the_head():
+    net, plain = deep_head(), encoder()
+    plain.load_state_dict(net.state_dict(), strict=False)
+    for rule in RULES:
+        through = explain_pair(net, "last", A, B, rule=rule, embed="pooled", difference=True)
+        without = explain_pair(plain, "last", A, B, rule=rule, difference=True)
+        for name in ("map_a", "map_b", "score", "difference_a", "difference_b"):
+            torch.testing.assert_close(getattr(through, name), getattr(without, name))
+    contrast = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(
+        explain_pair(net, "last", A, B, embed="pooled", contrast=contrast).map_a,
+        explain_pair(plain, "last", A, B, contrast=contrast).map_a,
+    )
+
+
+def test_the_difference_is_similarity_to_itself_minus_to_the_other():
+    net = encoder()
+    pair = explain_pair(net, "last", A, B, difference=True)
+    unit_a, unit_b = F.normalize(net(A).detach(), dim=1), F.normalize(net(B).detach(), dim=1)
+    with torch.no_grad():
+        handle = net.last.register_forward_hook(lambda _m, _i, out: kept.append(out.clone()))
+        kept: list[torch.Tensor] = []
+        z = net(A)
+        handle.remove()
+    weights = (unit_a - unit_b) / z.norm(dim=1, keepdim=True) / kept[0][0, 0].numel()
+    expected = (kept[0] * weights[..., None, None]).sum(1, keepdim=True)
+    torch.testing.assert_close(pair.difference_a, expected)
+    torch.testing.assert_close(pair.difference_a.sum((1, 2, 3)), 1 - pair.score)
+    assert explain_pair(net, "last", A, B).difference_a is None
+
+
+def test_one_forward_pass_of_each_and_nothing_left_behind():
+    net = encoder()
+    net(A).sum().backward()
+    before = State.of(net)
+    net.calls = 0
+    for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+        with mode():
+            pair = explain_pair(net, "last", A, B, difference=True)
+        for field in dataclasses.fields(pair):
+            assert not getattr(pair, field.name).requires_grad
+    assert net.calls == 6
+    before.assert_unchanged(net)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_dtypes_agree(dtype):
+    expected = explain_pair(encoder(), "last", A, B)
+    for embed in ("model", "pooled"):
+        pair = explain_pair(encoder().to(dtype), "last", A.to(dtype), B.to(dtype), embed=embed)
+        assert pair.map_a.dtype == pair.score.dtype == dtype
+        gap = (pair.map_a.float() - expected.map_a).abs().max() / expected.map_a.abs().max()
+        assert gap < 0.1
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"a": A[0]}, ValueError, "there are"),
+        ({"a": A[:2]}, ValueError, "2 images a and 3 images b.*attribute_references"),
+        ({"a": A[:0]}, ValueError, "at least one image"),
+        ({"a": "cat.png"}, TypeError, "a must be a tensor"),
+        ({"rule": "aditive"}, ValueError, "did you mean"),
+        ({"similarity": "cosin"}, ValueError, "did you mean"),
+        ({"layer": "lst"}, ValueError, "did you mean"),
+        ({"embed": "head"}, ValueError, '"model" or "pooled"'),
+        ({"contrast": torch.ones(2)}, ValueError, r"embeddings \[N, D\]"),
+    ],
+)
+def test_bad_input_is_refused_before_any_work(options, error, message):
+    net = encoder()
+    before = State.of(net)
+    arguments = {"layer": "last", "a": A, "b": B} | options
+    if "a" in options and message == "there are":
+        arguments["a"] = torch.cat([A, A])
+    with pytest.raises(error, match=message):
+        explain_pair(net, **arguments)
+    assert net.calls == 0
+    before.assert_unchanged(net)
+
+
+def test_a_layer_behind_the_pooling_of_the_wrong_shape_is_refused():
+    net = encoder()
+    net.head = nn.Sequential(nn.Unflatten(0, (1, 3)), nn.Flatten(0, 1))
+    with pytest.raises(ValueError, match=r"choose a layer whose output is one map"):
+        explain_pair(net, net.head[0], A, B)
