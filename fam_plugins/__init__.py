@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fam_plugins import cape, captum, grad_cam
+    from fam_plugins.average import gallery_mean
     from fam_plugins.captum import LayerCape, LayerFam
     from fam_plugins.grad_cam import CAPE, FAM, SimilarityTarget
-    from fam_plugins.average import gallery_mean
     from fam_plugins.pair import explain_pair
     from fam_plugins.references import prototypes
     from fam_plugins.similarity import frozen_scores
