@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fam_plugins.distances import as_similarity
 from fam_plugins.eval_mode import eval_mode
 from fam_plugins.place import place_of
 from fam_plugins.references import embed
-from fam_plugins.similarity import check_embeddings, find_similarity
+from fam_plugins.similarity import Similarity, check_embeddings
 
 __all__ = ["gallery_mean"]
 
 
 def gallery_mean(
-    encoder: nn.Module, loader: Iterable[Any], *, similarity: str = "cosine"
+    encoder: nn.Module,
+    loader: Iterable[Any],
+    *,
+    similarity: str | Similarity | Callable[..., Tensor] = "cosine",
 ) -> Tensor:
     """Average the embeddings of a gallery batch by batch, holding one batch at a time.
 
@@ -49,7 +53,7 @@ def gallery_mean(
         >>> gallery_mean(nn.Flatten(), batches)
         tensor([[0.5000, 0.5000]])
     """
-    scale_free = find_similarity(similarity).scale_free
+    scale_free = as_similarity(similarity).scale_free
     device, dtype = place_of(encoder)
     total: Tensor | None = None
     count = 0

@@ -35,7 +35,7 @@ def backward_many(
             output, inputs, cotangents, retain_graph=True, allow_unused=True, is_grads_batched=True
         )
         return list(found)
-    except torch.OutOfMemoryError:
+    except torch.cuda.OutOfMemoryError:
         raise
     except RuntimeError:
         # Somebody's own autograd function cannot be vectorised: one step at a time.

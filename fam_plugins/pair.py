@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from fam_plugins import references
+from fam_plugins.distances import as_similarity
 from fam_plugins.eval_mode import eval_mode
 from fam_plugins.layer_pass import LayerPass, find_layer
 from fam_plugins.rule_pass import RulePass
 from fam_plugins.rules import Rule, find_rule
-from fam_plugins.similarity import Similarity, check_embeddings, find_similarity, score
+from fam_plugins.similarity import Similarity, check_embeddings, score
 
 __all__ = ["PairExplanation", "explain_pair"]
 
@@ -52,7 +53,7 @@ def explain_pair(
     a: Tensor,
     b: Tensor,
     *,
-    similarity: str | Similarity = "cosine",
+    similarity: str | Similarity | Callable[..., Tensor] = "cosine",
     rule: str = "additive",
     contrast: Tensor | None = None,
     difference: bool = False,
@@ -74,7 +75,7 @@ def explain_pair(
         a: Images ``[B, C, H, W]``.
         b: As many images, of any size that the encoder takes.
         similarity: ``"cosine"`` (score in -1 to 1), ``"dot"``, ``"euclidean"`` (negative squared
-            distance), or a :class:`~fam_plugins.similarity.Similarity`.
+            distance), or anything else that :class:`~fam_plugins.SimilarityModel` takes.
         rule: ``"additive"``, ``"centred"``, ``"fam"`` or ``"gradcam"``.
         contrast: Embeddings ``[M, D]`` or images, such as a gallery mean: the mean similarity to
             them is subtracted from the score of each image. Images are a further forward pass.
@@ -102,7 +103,7 @@ def explain_pair(
         True
     """
     chosen = find_rule(rule)
-    how = find_similarity(similarity) if isinstance(similarity, str) else similarity
+    how = as_similarity(similarity)
     if embed not in ("model", "pooled"):
         raise ValueError(f'embed must be "model" or "pooled", not {embed!r}')
     _check_batches(a, b)
@@ -115,9 +116,9 @@ def explain_pair(
     )
     check_embeddings(one.embedding.detach(), width=two.point.shape[1], what="embedding of a")
     with torch.no_grad():
-        value = score(how, one.point, two.point).diagonal().clone()
+        value = _pairwise(how, two.point)(one.point).clone()
     (map_a, delta_a), (map_b, delta_b) = (
-        this.explain(_diagonal(how, other.point, against))
+        this.explain(_pairwise(how, other.point, against))
         for this, other in ((one, two), (two, one))
     )
     apart: list[Tensor] = []
@@ -200,16 +201,24 @@ def _pool(activation: Tensor) -> Tensor:
     return wide.reshape(*wide.shape[:2], -1).mean(dim=2).to(activation.dtype)
 
 
-def _diagonal(
+def _pairwise(
     how: Similarity, others: Tensor, contrast: Tensor | None = None
 ) -> Callable[[Tensor], Tensor]:
     """The score of each embedding and the other of its own pair."""
-    return lambda embeddings: score(how, embeddings, others, contrast).diagonal()
+    if how.by_reference:
+        return lambda embeddings: score(how, embeddings, others, contrast).diagonal()
+    # A user's function may couple its references, and pairs have nothing to do with each other.
+    return lambda embeddings: torch.cat(
+        [
+            score(how, mine[None], other[None], contrast)[0]
+            for mine, other in zip(embeddings, others, strict=True)
+        ]
+    )
 
 
 def _apart(how: Similarity, own: Tensor, others: Tensor) -> Callable[[Tensor], Tensor]:
     """The score of each embedding and itself, held fixed, minus that of its pair."""
-    like, unlike = _diagonal(how, own), _diagonal(how, others)
+    like, unlike = _pairwise(how, own), _pairwise(how, others)
     return lambda embeddings: like(embeddings) - unlike(embeddings)
 
 

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fam_plugins.distances import as_similarity
 from fam_plugins.eval_mode import eval_mode
 from fam_plugins.place import place_of
-from fam_plugins.similarity import check_embeddings, find_similarity
+from fam_plugins.similarity import Similarity, check_embeddings
 
 __all__ = ["embed", "embed_once", "prototypes", "unique_labels"]
 
 
 def prototypes(
-    embeddings: Tensor, labels: Sequence[Hashable] | Tensor, similarity: str = "cosine"
+    embeddings: Tensor,
+    labels: Sequence[Hashable] | Tensor,
+    similarity: str | Similarity | Callable[..., Tensor] = "cosine",
 ) -> Tensor:
     """Average the supports of each class into one reference.
 
@@ -41,7 +44,7 @@ def prototypes(
         tensor([[1., 0.],
                 [0., 1.]])
     """
-    chosen = find_similarity(similarity)
+    chosen = as_similarity(similarity)
     _check_matrix(embeddings, "supports")
     names = _listed(labels)
     if len(names) != len(embeddings):

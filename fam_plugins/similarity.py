@@ -35,24 +35,35 @@ class Similarity:
         name: The name users choose it by.
         compare: Embeddings ``[B, D]`` and references ``[N, D]`` -> scores ``[B, N]``.
         linear: The part of the score that is linear in the embeddings once its normaliser is
-            taken from the third argument, the embeddings ``[B, D]`` it is frozen at.
+            taken from the third argument, the embeddings ``[B, D]`` it is frozen at. ``None``
+            where there is no such part, as for a user's own function: then scores are explained
+            through their true gradient, and maps are first-order statements.
         scale_free: Whether the length of an embedding does not matter; then a zero embedding
             has no score, and supports are L2-normalised before they are averaged.
+        by_reference: Whether each reference is scored apart from the others, so that a few of
+            them can be scored alone.
     """
 
     name: str
     compare: Callable[[Tensor, Tensor], Tensor]
-    linear: Callable[[Tensor, Tensor, Tensor], Tensor]
+    linear: Callable[[Tensor, Tensor, Tensor], Tensor] | None
     scale_free: bool = False
+    by_reference: bool = True
+
+    @property
+    def linear_form(self) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """:attr:`linear`, of a similarity that has one."""
+        assert self.linear is not None
+        return self.linear
 
 
 def _cosine(embeddings: Tensor, references: Tensor) -> Tensor:
-    return _unit(embeddings) @ _unit(references).T
+    return unit_length(embeddings) @ unit_length(references).T
 
 
 def _cosine_linear(embeddings: Tensor, references: Tensor, frozen_at: Tensor) -> Tensor:
     norm = torch.linalg.vector_norm(frozen_at, dim=1, keepdim=True)
-    scores: Tensor = (embeddings / norm) @ _unit(references).T
+    scores: Tensor = (embeddings / norm) @ unit_length(references).T
     return scores
 
 
@@ -76,7 +87,8 @@ def _euclidean_linear(embeddings: Tensor, references: Tensor, _frozen_at: Tensor
     return 2 * embeddings @ references.T - references.square().sum(dim=1)
 
 
-def _unit(vectors: Tensor) -> Tensor:
+def unit_length(vectors: Tensor) -> Tensor:
+    """Divide every row by its L2 norm, however small that is."""
     return F.normalize(vectors, dim=1, eps=torch.finfo(vectors.dtype).tiny)
 
 
@@ -252,12 +264,15 @@ def _frozen_compare(
     similarity: Similarity, frozen_at: Tensor
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """The score with the gradient of its linear part, equal to the score at ``frozen_at``."""
+    form = similarity.linear
+    if form is None:
+        return similarity.compare
 
     def compare(embeddings: Tensor, references: Tensor) -> Tensor:
-        linear = similarity.linear(embeddings, references, frozen_at)
+        linear = form(embeddings, references, frozen_at)
         with torch.no_grad():
             offset = similarity.compare(frozen_at, references)
-            offset -= similarity.linear(frozen_at, references, frozen_at)
+            offset -= form(frozen_at, references, frozen_at)
         return linear + offset
 
     return compare

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fam_plugins.distances import as_similarity
+from fam_plugins.few_shot import read_easyfsl
 from fam_plugins.gallery import Gallery, is_on_disk
 from fam_plugins.references import embed, embed_once, prototypes, unique_labels
 from fam_plugins.similarity import (
     Contrast,
+    Similarity,
     check_embeddings,
-    find_similarity,
     score,
     subtract_others,
 )
@@ -37,7 +39,10 @@ class SimilarityModel(nn.Module):
             eval mode, without gradient. A memory-mapped array (``np.load(..., mmap_mode="r")``)
             of any size stays on disk: scoring reads it in parts, explaining chosen references
             reads only their rows, and ``state_dict`` does not carry it.
-        similarity: ``"cosine"``, ``"dot"`` or ``"euclidean"`` (negative squared distance).
+        similarity: ``"cosine"``, ``"dot"``, ``"euclidean"`` (negative squared distance), a distance
+            of pytorch-metric-learning, or a function ``f(embeddings, references) -> [B, N]`` of
+            your own. A function is explained through its true gradient: its maps are first-order
+            statements and need not add up (:func:`~fam_plugins.distances.as_similarity`).
         contrast: What to subtract, for "why this one rather than those": embeddings ``[M, D]``,
             images, or ``"others"`` for every other reference. The score of a reference becomes
             its similarity minus the mean similarity to the contrast.
@@ -71,7 +76,7 @@ class SimilarityModel(nn.Module):
         encoder: nn.Module,
         references: Tensor,
         *,
-        similarity: str = "cosine",
+        similarity: str | Similarity | Callable[..., Tensor] = "cosine",
         contrast: Contrast = None,
         chunk_size: int = 32,
     ) -> None:
@@ -81,11 +86,17 @@ class SimilarityModel(nn.Module):
                 f"encoder must be a torch.nn.Module, not {type(encoder).__name__}: wrap a function "
                 "in a module whose forward calls it"
             )
-        scale_free = find_similarity(similarity).scale_free
+        chosen = as_similarity(similarity)
+        scale_free = chosen.scale_free
         if isinstance(contrast, str) and contrast != "others":
             raise ValueError(f'contrast must be "others", embeddings or images, not {contrast!r}')
         rows: Tensor | Gallery
         if is_on_disk(references):
+            if not chosen.by_reference:
+                raise ValueError(
+                    "a memory-mapped gallery is scored in parts, which a function of your own may "
+                    "not allow: choose a named similarity or a distance of pytorch-metric-learning"
+                )
             rows = Gallery(references, allow_zero=not scale_free)
         else:
             rows = embed_once(encoder, references, "references", chunk_size)
@@ -103,7 +114,8 @@ class SimilarityModel(nn.Module):
                 against, width=rows.shape[1], allow_zero=not scale_free, what="contrast"
             )
         self.encoder = encoder
-        self.similarity = similarity
+        self.similarity = chosen.name
+        self._similarity = chosen
         self.labels: tuple[Any, ...] | None = None
         self._others = isinstance(contrast, str)
         if isinstance(rows, Gallery):
@@ -121,7 +133,7 @@ class SimilarityModel(nn.Module):
         images: Tensor,
         labels: Sequence[Hashable] | Tensor,
         *,
-        similarity: str = "cosine",
+        similarity: str | Similarity | Callable[..., Tensor] = "cosine",
         contrast: Contrast = None,
         chunk_size: int = 32,
     ) -> SimilarityModel:
@@ -146,7 +158,7 @@ class SimilarityModel(nn.Module):
             >>> model.labels, model.references.shape
             (('a', 'b'), torch.Size([2, 3]))
         """
-        find_similarity(similarity)
+        as_similarity(similarity)
         if len(labels) != len(images):
             raise ValueError(
                 f"there are {len(images)} supports and {len(labels)} labels: give one label each"
@@ -160,6 +172,36 @@ class SimilarityModel(nn.Module):
             chunk_size=chunk_size,
         )
         model.labels = tuple(unique_labels(labels))
+        return model
+
+    @classmethod
+    def from_easyfsl(cls, classifier: nn.Module, *, contrast: Contrast = None) -> SimilarityModel:
+        """Take over a few-shot classifier of easyfsl that has processed its support set.
+
+        Its scores are reproduced: the negative distance, not squared, of ``PrototypicalNetworks``,
+        the cosine of ``SimpleShot``, with centred and normalised features; found by letting it
+        score made-up features. The prototypes become a buffer, detached.
+
+        Args:
+            classifier: Such as ``PrototypicalNetworks(backbone)``. Its backbone is used, not
+                copied; later support sets do not reach the model.
+            contrast: As for the class; with ``None`` scores are those of the classifier.
+
+        Raises:
+            TypeError: If it is no classifier of this kind.
+            ValueError: If it has no support set yet, or its scores cannot be reproduced exactly:
+                softmax, transductive methods, attention over the support set.
+
+        Example:
+            >>> import torch
+            >>> from easyfsl.methods import SimpleShot  # doctest: +SKIP
+            >>> classifier = SimpleShot(encoder)  # doctest: +SKIP
+            >>> classifier.process_support_set(images, labels)  # doctest: +SKIP
+            >>> model = SimilarityModel.from_easyfsl(classifier)  # doctest: +SKIP
+        """
+        encoder, rows, similarity = read_easyfsl(classifier)
+        model = cls(encoder, rows, similarity=similarity, contrast=contrast)
+        model.labels = tuple(range(len(rows)))
         return model
 
     @property
@@ -202,8 +244,8 @@ class SimilarityModel(nn.Module):
             >>> model.score(torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([2, 0]))
             tensor([[3., 1.]])
         """
-        if rows is not None and not self._others:
-            return score(self.similarity, embeddings, self._rows(rows, embeddings), self.contrast)
+        if rows is not None and not self._others and self._similarity.by_reference:
+            return score(self._similarity, embeddings, self._rows(rows, embeddings), self.contrast)
         scores = self._against_all(embeddings)
         return scores if rows is None else scores[:, rows]
 
@@ -214,9 +256,9 @@ class SimilarityModel(nn.Module):
 
     def _against_all(self, embeddings: Tensor) -> Tensor:
         if not isinstance(self.references, Gallery):
-            return score(self.similarity, embeddings, self.references, self.contrast)
+            return score(self._similarity, embeddings, self.references, self.contrast)
         parts = [
-            score(self.similarity, embeddings, part, self.contrast_embeddings)
+            score(self._similarity, embeddings, part, self.contrast_embeddings)
             for part in self.references.chunks(like=embeddings)
         ]
         scores = torch.cat(parts, dim=1)

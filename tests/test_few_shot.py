@@ -1,0 +1,102 @@
+"""easyfsl's own classifiers against the model that is made of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from fam_plugins import LayerFam, SimilarityModel
+from tests.networks import State, encoder
+
+methods = pytest.importorskip("easyfsl.methods")
+
+SUPPORT = torch.randn(8, 3, 8, 10, generator=torch.Generator().manual_seed(0))
+LABELS = torch.tensor([0, 1, 2, 3, 0, 1, 2, 2])
+QUERIES = torch.randn(5, 3, 8, 10, generator=torch.Generator().manual_seed(1))
+
+
+def fitted(kind, backbone=None, **options):
+    classifier = kind(backbone or encoder(), **options).eval()
+    classifier.process_support_set(SUPPORT, LABELS)
+    return classifier
+
+
+@pytest.mark.parametrize("kind", [methods.PrototypicalNetworks, methods.SimpleShot])
+@pytest.mark.parametrize("centre", [None, torch.linspace(0, 0.3, 6)], ids=["plain", "centred"])
+@pytest.mark.parametrize("power", [None, 1.0, 2.0])
+def test_scores_are_those_of_the_classifier(kind, centre, power):
+    classifier = fitted(kind, feature_centering=centre, feature_normalization=power)
+    before = State.of(classifier)
+    model = SimilarityModel.from_easyfsl(classifier)
+    before.assert_unchanged(classifier)
+    torch.testing.assert_close(model(QUERIES), classifier(QUERIES), rtol=1e-6, atol=1e-6)
+    assert model.labels == (0, 1, 2, 3)
+    assert "references" in model.state_dict()
+    assert not model.references.requires_grad
+    layer = classifier.backbone.last
+    best = model(QUERIES).argmax(1)
+    for rule in ("centred", "gradcam"):
+        maps = LayerFam(model, layer, rule=rule).attribute(QUERIES, best)
+        assert maps.shape == (5, 1, 4, 5)
+        if rule == "gradcam":
+            expected = LayerFam(classifier, layer, rule=rule).attribute(QUERIES, best)
+            torch.testing.assert_close(maps, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_predicted_against_the_runner_up():
+    classifier = fitted(methods.PrototypicalNetworks)
+    scores = classifier(QUERIES[:1])
+    best, second = scores.argsort(descending=True)[0, :2].tolist()
+    model = SimilarityModel.from_easyfsl(
+        classifier, contrast=classifier.prototypes[second : second + 1].detach()
+    )
+    torch.testing.assert_close(model(QUERIES[:1])[0, best], scores[0, best] - scores[0, second])
+
+
+def test_a_cosine_classifier_of_the_users_own():
+    class Own(methods.FewShotClassifier):
+        def forward(self, query_images):
+            return self.cosine_distance_to_prototypes(self.compute_features(query_images))
+
+        @staticmethod
+        def is_transductive():
+            return False
+
+    classifier = fitted(Own)
+    torch.testing.assert_close(
+        SimilarityModel.from_easyfsl(classifier)(QUERIES), classifier(QUERIES)
+    )
+
+
+class Shuffled(methods.SimpleShot):
+    def forward(self, query_images):
+        return super().forward(query_images).exp()
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: methods.PrototypicalNetworks(encoder()), ValueError, "process_support_set"),
+        (lambda: fitted(methods.SimpleShot, use_softmax=True), ValueError, "use_softmax = False"),
+        (lambda: fitted(methods.BDCSPN), ValueError, "transductive"),
+        (
+            lambda: fitted(methods.MatchingNetworks, feature_dimension=6),
+            ValueError,
+            r"attention over its whole support set.*LayerFam\(classifier, layer\)",
+        ),
+        (lambda: fitted(Shuffled), ValueError, "something other than the cosine"),
+        (encoder, TypeError, "no backbone"),
+        (lambda: nn.ReLU(), TypeError, "no backbone"),
+    ],
+)
+def test_what_cannot_be_reproduced_is_refused_with_the_reason(make, error, message):
+    with pytest.raises(error, match=message):
+        SimilarityModel.from_easyfsl(make())
+
+
+def test_a_class_without_shots_is_refused():
+    classifier = methods.PrototypicalNetworks(encoder()).eval()
+    classifier.process_support_set(SUPPORT[:3], torch.tensor([0, 2, 2]))
+    with pytest.raises(ValueError, match="class without any support"):
+        SimilarityModel.from_easyfsl(classifier)
