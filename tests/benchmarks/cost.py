@@ -36,7 +36,7 @@ def peak_memory(call: Callable[[], object], device: str) -> int:
         call()
     sizes = [
         event.nbytes()
-        for event in sorted(record.profiler.kineto_results.events(), key=lambda e: e.start_ns())
+        for event in sorted(record.profiler.kineto_results.events(), key=_start)
         if event.name() == "[memory]"
     ]
     now = peak = 0
@@ -44,6 +44,11 @@ def peak_memory(call: Callable[[], object], device: str) -> int:
         now += size
         peak = max(peak, now)
     return peak
+
+
+def _start(event: object) -> int:
+    """When a profiler event began; torch before 2.4 has it in microseconds."""
+    return event.start_ns() if hasattr(event, "start_ns") else event.start_us()
 
 
 def milliseconds(call: Callable[[], object], device: str) -> float:
