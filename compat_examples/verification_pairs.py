@@ -3,6 +3,9 @@
 Trains an embedding on scikit-learn's digits, verifies held-out pairs by their cosine, and explains
 mosaics of two digits each that share one: the shared digit should light up in both.
 
+The published rule is weak at telling objects apart, and the printed numbers show it; the picture is
+that of "centred" with a contrast set.
+
     python compat_examples/verification_pairs.py --out out
 """
 
