@@ -11,6 +11,7 @@ from captum.log import log_usage
 from torch import Tensor, nn
 
 from fam_plugins.captum._internals import TensorOrTensors, batch_size, run_forward, select_scores
+from fam_plugins.finite import check_finite
 from fam_plugins.layer_pass import LayerTensors, find_layer
 from fam_plugins.rule_pass import RulePass
 from fam_plugins.rules import Rule, find_rule
@@ -110,8 +111,9 @@ class LayerFam(LayerAttribution):
             AssertionError: On a bad target, or a layer that does not run.
             RuntimeError: If the layer runs twice, or the score does not depend on it.
             TypeError: If the layer or the model gives something other than tensors.
-            ValueError: On an empty batch, an unknown layer name, a transform that gives another
-                shape than ``[B, C, ...]``, or a delta asked of a rule that does not add up.
+            ValueError: On an empty batch, a map that holds NaN, an unknown layer name, a
+                transform that gives another shape than ``[B, C, ...]``, or a delta asked of a
+                rule that does not add up.
 
         Warns:
             UserWarning: If rule ``"fam"`` meets a contrast set.
@@ -126,10 +128,12 @@ class LayerFam(LayerAttribution):
         (gradients,) = one.gradients(lambda: select_scores(output, target), **(grad_kwargs or {}))
         (activations,) = one.activations
         maps = tuple(
-            rule.map(
-                self._as_map(activation, batch),
-                self._as_map(gradient, batch),
-                sum_channels=attr_dim_summation,
+            check_finite(
+                rule.map(
+                    self._as_map(activation, batch),
+                    self._as_map(gradient, batch),
+                    sum_channels=attr_dim_summation,
+                )
             ).contiguous()
             for activation, gradient in zip(activations, gradients, strict=True)
         )
