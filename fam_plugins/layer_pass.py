@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from fam_plugins.backward import backward_many
 from fam_plugins.naming import unknown_name
 
 __all__ = ["LayerPass", "LayerTensors", "find_layer"]
@@ -129,6 +130,39 @@ class LayerPass:
                 raise RuntimeError(_cut_off(slot.name))
             # A layer may give several tensors of which the score uses only some.
             found.append(tuple(torch.zeros_like(t) if g is None else g.detach() for t, g in grads))
+        return found
+
+    def many_gradients(self, output: Tensor, cotangents: Tensor) -> list[list[Tensor]]:
+        """Differentiate many weighted sums of an output at once; may be called repeatedly.
+
+        Args:
+            output: A tensor of the pass of :meth:`run`, of any shape.
+            cotangents: ``[c, *output.shape]``: the weights of each sum.
+
+        Returns:
+            One list a layer, of tensors ``[c, ...]`` shaped behind ``c`` like its entry in
+            :attr:`activations`.
+
+        Raises:
+            RuntimeError: If the output does not depend on a layer.
+        """
+        slots = [self._slots[layer] for layer in self._layers]
+        tracked = [tensor for slot in slots for tensor in slot.tensors or ()]
+        with torch.inference_mode(False), torch.enable_grad():
+            if not output.requires_grad:
+                raise RuntimeError(_cut_off(slots[0].name))
+            flat = iter(backward_many(output, tracked, cotangents))
+        found = []
+        for slot in slots:
+            grads = [(tensor, next(flat)) for tensor in slot.tensors or ()]
+            if all(grad is None for _, grad in grads):
+                raise RuntimeError(_cut_off(slot.name))
+            found.append(
+                [
+                    t.detach().new_zeros(len(cotangents), *t.shape) if g is None else g.detach()
+                    for t, g in grads
+                ]
+            )
         return found
 
     def _watch(self, layer: nn.Module, slot: _Slot) -> RemovableHandle:

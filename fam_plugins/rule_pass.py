@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -72,14 +73,26 @@ class RulePass:
             return self._pass.gradients(score, **grad_kwargs)
         with frozen_scores(self._frozen):
             found = self._pass.gradients(score, **grad_kwargs)
+        self.warn_about_contrast(stacklevel=4)
+        return found
+
+    def many_gradients(self, output: Tensor, cotangents: Tensor) -> list[list[Tensor]]:
+        """As :meth:`fam_plugins.layer_pass.LayerPass.many_gradients`."""
+        return self._pass.many_gradients(output, cotangents)
+
+    def frozen(self) -> AbstractContextManager[object]:
+        """Within the block, scores are frozen if the rule asks for it, as during :meth:`run`."""
+        return frozen_scores(self._frozen) if self._rule.frozen else nullcontext()
+
+    def warn_about_contrast(self, *, stacklevel: int = 3) -> None:
+        """Warn if the rule is ``fam`` and a score so far had a contrast set."""
         if self._rule.name == "fam" and self._frozen.contrasted:
             warnings.warn(
                 'rule "fam" rescales every channel to [0, 1], which undoes the contrast: with '
                 'contrast use rule="centred" (recommended), "additive" or "gradcam"',
                 UserWarning,
-                stacklevel=4,
+                stacklevel=stacklevel + 1,
             )
-        return found
 
     def constant(self, forward: Callable[[], Tensor]) -> Tensor:
         """Evaluate the score at a layer of zeros: the part that no region can be given.

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from fam_plugins.gallery import Gallery, is_on_disk
 from fam_plugins.references import embed, embed_once, prototypes, unique_labels
 from fam_plugins.similarity import Contrast, check_embeddings, find_similarity, score
 
@@ -26,7 +28,9 @@ class SimilarityModel(nn.Module):
     Args:
         encoder: Images ``[B, ...]`` -> embeddings ``[B, D]``. It is used, not copied.
         references: Embeddings ``[N, D]``, or images ``[N, C, H, W]``, which are embedded once, in
-            eval mode, without gradient.
+            eval mode, without gradient. A memory-mapped array (``np.load(..., mmap_mode="r")``)
+            of any size stays on disk: scoring reads it in parts, explaining chosen references
+            reads only their rows, and ``state_dict`` does not carry it.
         similarity: ``"cosine"``, ``"dot"`` or ``"euclidean"`` (negative squared distance).
         contrast: What to subtract, for "why this one rather than those": embeddings ``[M, D]``,
             images, or ``"others"`` for every other reference. The score of a reference becomes
@@ -35,7 +39,8 @@ class SimilarityModel(nn.Module):
 
     Attributes:
         encoder: The encoder.
-        references: ``[N, D]``.
+        references: ``[N, D]``, a tensor or, for a memory-mapped array, a
+            :class:`~fam_plugins.gallery.Gallery`.
         similarity: The name of the similarity.
         labels: The label of each row after :meth:`from_support`, otherwise ``None``.
 
@@ -52,7 +57,7 @@ class SimilarityModel(nn.Module):
         torch.Size([2, 3])
     """
 
-    references: Tensor
+    references: Tensor | Gallery
     contrast_embeddings: Tensor | None
 
     def __init__(
@@ -73,8 +78,12 @@ class SimilarityModel(nn.Module):
         scale_free = find_similarity(similarity).scale_free
         if isinstance(contrast, str) and contrast != "others":
             raise ValueError(f'contrast must be "others", embeddings or images, not {contrast!r}')
-        rows = embed_once(encoder, references, "references", chunk_size)
-        check_embeddings(rows, allow_zero=not scale_free, what="reference")
+        rows: Tensor | Gallery
+        if is_on_disk(references):
+            rows = Gallery(references, allow_zero=not scale_free)
+        else:
+            rows = embed_once(encoder, references, "references", chunk_size)
+            check_embeddings(rows, allow_zero=not scale_free, what="reference")
         against = None
         if isinstance(contrast, str):
             if len(rows) < 2:
@@ -91,7 +100,10 @@ class SimilarityModel(nn.Module):
         self.similarity = similarity
         self.labels: tuple[Any, ...] | None = None
         self._others = isinstance(contrast, str)
-        self.register_buffer("references", rows)
+        if isinstance(rows, Gallery):
+            self.references = rows
+        else:
+            self.register_buffer("references", rows)
         self.register_buffer("contrast_embeddings", against)
         # A new module starts in training mode; the encoder may well not be in it.
         self.training = encoder.training
@@ -163,6 +175,52 @@ class SimilarityModel(nn.Module):
         """
         return embed(self.encoder, images)
 
+    def score(self, embeddings: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Score embeddings ``[B, D]`` against the references, or against some rows of them.
+
+        Args:
+            embeddings: ``[B, D]``.
+            rows: Indices of references ``[n]``; all by default. ``contrast="others"`` means the
+                others of all references, whichever rows are asked for.
+
+        Returns:
+            ``[B, n]``.
+
+        Raises:
+            ValueError: If the embeddings have another width than the references, are not finite,
+                or zero under cosine.
+
+        Example:
+            >>> import torch
+            >>> model = SimilarityModel(nn.Flatten(), torch.eye(3), similarity="dot")
+            >>> model.score(torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([2, 0]))
+            tensor([[3., 1.]])
+        """
+        against = self.contrast_embeddings
+        if self._others:
+            scores = self._against_all(embeddings)
+            others = scores.sum(dim=1, keepdim=True) - scores
+            scores = scores - others / (scores.shape[1] - 1)
+        elif rows is not None:
+            return score(self.similarity, embeddings, self._rows(rows, embeddings), against)
+        else:
+            scores = self._against_all(embeddings, against)
+        return scores if rows is None else scores[:, rows]
+
+    def _rows(self, rows: Tensor, like: Tensor) -> Tensor:
+        if isinstance(self.references, Gallery):
+            return self.references.rows(rows, like=like)
+        return self.references[rows]
+
+    def _against_all(self, embeddings: Tensor, contrast: Tensor | None = None) -> Tensor:
+        if not isinstance(self.references, Gallery):
+            return score(self.similarity, embeddings, self.references, contrast)
+        parts = [
+            score(self.similarity, embeddings, part, contrast)
+            for part in self.references.chunks(like=embeddings)
+        ]
+        return torch.cat(parts, dim=1)
+
     def forward(self, images: Tensor) -> Tensor:
         """Images ``[B, ...]`` -> scores ``[B, N]``; ``N`` the number of references.
 
@@ -171,7 +229,7 @@ class SimilarityModel(nn.Module):
             ValueError: If embeddings have another width than the references, are not finite, or
                 zero under cosine.
         """
-        return score(self.similarity, self.embed(images), self.references, self.contrast)
+        return self.score(self.embed(images))
 
     def extra_repr(self) -> str:
         """Show the number of references, their width, the similarity and the contrast."""

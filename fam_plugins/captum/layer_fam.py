@@ -11,6 +11,12 @@ from captum.log import log_usage
 from torch import Tensor, nn
 
 from fam_plugins.captum._internals import TensorOrTensors, batch_size, run_forward, select_scores
+from fam_plugins.captum.many_references import (
+    ModelScores,
+    as_column,
+    check_indices,
+    map_references,
+)
 from fam_plugins.finite import check_finite
 from fam_plugins.layer_pass import LayerTensors, find_layer
 from fam_plugins.rule_pass import RulePass
@@ -122,6 +128,17 @@ class LayerFam(LayerAttribution):
         if return_convergence_delta:
             _check_adds_up(rule)
         batch = batch_size(inputs)
+        as_usual = attr_dim_summation and not (
+            attribute_to_layer_input or grad_kwargs or return_convergence_delta
+        )
+        column = as_column(self.forward_func, target, batch) if as_usual else None
+        if column is not None:
+            return self.attribute_references(
+                inputs,
+                column,
+                additional_forward_args=additional_forward_args,
+                relu_attributions=relu_attributions,
+            ).squeeze(1)
         one, forward = self._prepare(inputs, additional_forward_args, attribute_to_layer_input)
         output = one.run(forward)
         scores = select_scores(output, target)
@@ -143,6 +160,62 @@ class LayerFam(LayerAttribution):
             return result
         constant = one.constant(lambda: select_scores(forward(), target))
         return result, _total(maps) + constant - scores.detach()
+
+    @log_usage()
+    def attribute_references(
+        self,
+        inputs: TensorOrTensors,
+        indices: Any = None,
+        *,
+        additional_forward_args: Any = None,
+        relu_attributions: bool = False,
+        references_per_chunk: int = 64,
+    ) -> Any:
+        """Explain each image's score at many references from one forward pass.
+
+        Equal to calling :meth:`attribute` once for every column of ``indices``. Behind global
+        average pooling, with or without a linear projection, a further reference costs one row of
+        a matrix product; behind any other tail, one step through the tail.
+
+        Args:
+            inputs: As for :meth:`attribute`.
+            indices: Which references to explain: ``[B, k]``, a row an image, as a tensor, an
+                array (the ``I`` of faiss and of scikit-learn's ``kneighbors``) or a nested list;
+                all of them by default.
+            additional_forward_args: As for :meth:`attribute`.
+            relu_attributions: Set negative values to zero.
+            references_per_chunk: How many references an image are worked on at a time: bounds the
+                memory, changes nothing else.
+
+        Returns:
+            Maps ``[B, k, 1, h, w]`` in the order of ``indices`` (``[B, N, 1, h, w]`` for all ``N``
+            references), signed and not normalised, on the layer's device and in its dtype; a
+            tuple if the layer gives several tensors.
+
+        Raises:
+            AssertionError: If the layer does not run.
+            IndexError: If there is no reference of an index.
+            RuntimeError: If the layer runs twice, or the score does not depend on it.
+            TypeError: If indices are no integers.
+            ValueError: If indices are not ``[B, k]``, the model does not return ``[B, N]``, and
+                as for :meth:`attribute`.
+
+        Warns:
+            UserWarning: If rule ``"fam"`` meets a contrast set.
+        """
+        batch = batch_size(inputs)
+        check_indices(self.forward_func, indices, batch, references_per_chunk)
+        layer, name = find_layer(self.forward_func, self.layer)
+        maps = map_references(
+            RulePass([layer], [name], find_rule(self.rule)),
+            find_rule(self.rule),
+            ModelScores(self.forward_func, inputs, additional_forward_args),
+            indices=indices,
+            as_map=lambda tensor: self._as_map(tensor, batch),
+            per_chunk=references_per_chunk,
+        )
+        shown = tuple(F.relu(part) for part in maps) if relu_attributions else maps
+        return shown if len(shown) > 1 else shown[0]
 
     def has_convergence_delta(self) -> bool:
         """Whether maps add up to the score: under the rule ``"additive"``."""

@@ -1,0 +1,116 @@
+"""Embeddings that stay on disk: a gallery of any size, of which only what is needed is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["Gallery", "is_on_disk"]
+
+
+def is_on_disk(references: object) -> bool:
+    """Whether references are a memory-mapped array, to be read in parts instead of copied.
+
+    Example:
+        >>> is_on_disk(np.eye(2))
+        False
+    """
+    return isinstance(references, np.memmap)
+
+
+class Gallery:
+    """A memory-mapped array of embeddings ``[N, D]``.
+
+    Args:
+        array: ``np.memmap`` or ``np.load(..., mmap_mode="r")``, of a floating dtype. It is kept by
+            reference; a deep copy of the gallery shares it.
+        allow_zero: Whether an all-zero row may be compared.
+
+    Attributes:
+        array: The array.
+        values_per_part: How many numbers :meth:`chunks` reads at a time (at least a row): bounds
+            the memory that scoring the whole gallery takes.
+
+    Raises:
+        TypeError: If the dtype is not float16, float32 or float64.
+        ValueError: If it is not ``[N, D]`` with at least one row.
+
+    Example:
+        >>> import tempfile, pathlib
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "gallery.npy"
+        >>> np.save(path, np.eye(3, dtype=np.float32))
+        >>> gallery = Gallery(np.load(path, mmap_mode="r"))
+        >>> gallery.rows(torch.tensor([2, 0]), like=torch.zeros(1))
+        tensor([[0., 0., 1.],
+                [1., 0., 0.]])
+    """
+
+    def __init__(self, array: Any, *, allow_zero: bool = True) -> None:
+        if array.dtype.kind != "f" or array.dtype.itemsize > 8:
+            raise TypeError(
+                f"the gallery has dtype {array.dtype}: store embeddings as float16, float32 or "
+                "float64 (quantised codes must be decoded first)"
+            )
+        if array.ndim != 2 or len(array) == 0:
+            raise ValueError(
+                f"the gallery has shape {array.shape}: pass embeddings [N, D] with at least one "
+                "row; np.memmap without shape= is flat, so give it shape=(N, D)"
+            )
+        self.array = array
+        self.values_per_part = 2**22
+        self._allow_zero = allow_zero
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def __deepcopy__(self, _memo: dict[int, Any]) -> Gallery:
+        return self
+
+    @property
+    def shape(self) -> torch.Size:
+        """``[N, D]``."""
+        return torch.Size(self.array.shape)
+
+    def rows(self, indices: Tensor, *, like: Tensor) -> Tensor:
+        """Read some rows.
+
+        Args:
+            indices: ``[n]``.
+            like: A tensor on the device and in the dtype to return them in.
+
+        Returns:
+            ``[n, D]``, a copy.
+
+        Raises:
+            ValueError: If a row read is not finite, or all zero where that cannot be compared.
+        """
+        wanted = indices.cpu().numpy()
+        return self._checked(np.array(self.array[wanted]), wanted, like)
+
+    def chunks(self, *, like: Tensor) -> Iterator[Tensor]:
+        """Read all rows, in parts of at most :attr:`values_per_part` numbers.
+
+        Raises:
+            ValueError: As for :meth:`rows`.
+        """
+        step = max(1, self.values_per_part // self.shape[1])
+        for start in range(0, len(self), step):
+            part = np.array(self.array[start : start + step])
+            yield self._checked(part, np.arange(start, start + len(part)), like)
+
+    def _checked(self, part: Any, numbers: Any, like: Tensor) -> Tensor:
+        rows = torch.from_numpy(part.astype(part.dtype.newbyteorder("="), copy=False)).to(like)
+        length = torch.linalg.vector_norm(rows, ord=float("inf"), dim=1)
+        bad = ~torch.isfinite(length)
+        problem = f"holds NaN, infinite values, or values beyond {like.dtype}"
+        if not self._allow_zero and not bad.any():
+            bad = length == 0
+            problem = 'is all zero, so it has no cosine (similarity="dot" or "euclidean" work)'
+        if bad.any():
+            number = numbers[int(bad.nonzero()[0])]
+            raise ValueError(f"gallery row {number} {problem}: write it again, or leave it out")
+        return rows
