@@ -7,6 +7,8 @@
 * :class:`fam_plugins.captum.LayerFam` and :class:`fam_plugins.grad_cam.FAM` are the Feature
   Activation Map (arXiv 2307.05017) and its sibling rules in the two tools' own form;
   :class:`fam_plugins.captum.LayerCape` and :class:`fam_plugins.grad_cam.CAPE` are CAPE's.
+* :func:`tokens_to_map`, :func:`channels_last_to_map` and :func:`infer_transform` lay out what
+  transformers give as a map, for both tools.
 
 The two tools load on first use of their adapter; importing this package loads neither.
 """
@@ -20,9 +22,11 @@ if TYPE_CHECKING:
     from fam_plugins import cape, captum, grad_cam
     from fam_plugins.captum import LayerCape, LayerFam
     from fam_plugins.grad_cam import CAPE, FAM, SimilarityTarget
+    from fam_plugins.layout import infer_transform
     from fam_plugins.references import prototypes
     from fam_plugins.similarity import frozen_scores
     from fam_plugins.similarity_model import SimilarityModel
+    from fam_plugins.transforms import channels_last_to_map, tokens_to_map
 
 __all__ = [
     "CAPE",
@@ -33,9 +37,12 @@ __all__ = [
     "SimilarityTarget",
     "cape",
     "captum",
+    "channels_last_to_map",
     "frozen_scores",
     "grad_cam",
+    "infer_transform",
     "prototypes",
+    "tokens_to_map",
 ]
 
 __version__ = "0.1.0"
@@ -47,8 +54,11 @@ _HOME = {
     "LayerFam": "captum",
     "SimilarityModel": "similarity_model",
     "SimilarityTarget": "grad_cam",
+    "channels_last_to_map": "transforms",
     "frozen_scores": "similarity",
+    "infer_transform": "layout",
     "prototypes": "references",
+    "tokens_to_map": "transforms",
 }
 
 
