@@ -29,9 +29,9 @@ def increase_in_confidence(whole: Tensor, masked: Tensor) -> Tensor:
 
 
 def drop_in_deletion(whole: Tensor, inverted: Tensor) -> Tensor:
-    """``(Y - D) / Y`` (Jung and Oh, arXiv 2102.05228, "average drop in deletion"); higher is better.
+    """``(Y - D) / Y`` (Jung and Oh, arXiv 2102.05228, "average drop in deletion").
 
-    Not cut at 0: a map whose removal raises the confidence counts against it.
+    Higher is better. Not cut at 0: a map whose removal raises the confidence counts against it.
     """
     return (whole - inverted) / whole
 
@@ -52,7 +52,7 @@ def complexity(maps: Tensor) -> Tensor:
 
 
 def adcc(drop: Tensor, coherent: Tensor, complex_: Tensor) -> np.ndarray:
-    """Harmonic mean of coherency, 1 - complexity and 1 - drop (ADCC, Poppi et al., arXiv 2104.10252).
+    """Harmonic mean of coherency, 1 - complexity and 1 - drop (ADCC, arXiv 2104.10252).
 
     Higher is better; 0 if one of the three is 0.
     """

@@ -87,7 +87,7 @@ class Problem:
         return self.classes.gather(1, self.other_cells[:, None])[:, 0]
 
     def contrast(self, kind: str | None) -> Contrast:
-        """``None``, ``"others"`` (all other references) or ``"gallery"`` as the library takes it."""
+        """``None``, ``"others"`` or ``"gallery"`` as the library takes it."""
         if kind == "gallery":
             return self.gallery_embeddings
         return "others" if kind == "others" else None
@@ -241,7 +241,7 @@ def folder_problem(
     ways = len(by_class)
     return replace(
         problem,
-        facts=f"few-shot accuracy {accuracy:.1%} ({ways}-way, {shots}-shot, {len(single_rows)} images)",
+        facts=f"few-shot accuracy {accuracy:.1%} ({ways}-way, {shots}-shot)",
     )
 
 

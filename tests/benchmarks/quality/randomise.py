@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import chain
 
 import torch
 from torch import nn
@@ -23,7 +24,7 @@ def stages(encoder: nn.Module, most: int = 5) -> list[list[str]]:
             parts.append([name])
     parts.reverse()
     size = -(-len(parts) // most)
-    return [sum(parts[i : i + size], []) for i in range(0, len(parts), size)]
+    return [list(chain(*parts[i : i + size])) for i in range(0, len(parts), size)]
 
 
 def randomised(encoder: nn.Module, names: list[str], seed: int) -> nn.Module:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,14 +30,14 @@ class Counts:
         baseline: What stands in for a deleted patch: ``"blur"`` or ``"mean"`` (of the gallery).
     """
 
-    randomised: int = 20
+    randomised: int = 10
     timed: int = 10
     steps: int = 10
     baseline: str = "blur"
 
 
-def measure(problem: Problem, counts: Counts) -> dict[Method, Columns]:
-    """Every method's columns on one problem."""
+def measure(problem: Problem, counts: Counts) -> dict[str, Columns]:
+    """Columns by label of method, on one problem."""
     torch.manual_seed(problem.seed)
     methods = all_methods()
     rows: dict[Method, Columns] = {}
@@ -57,20 +56,14 @@ def measure(problem: Problem, counts: Counts) -> dict[Method, Columns]:
         )
     for method, correlation in _randomisation(problem, methods, counts.randomised).items():
         rows[method]["randomisation"] = correlation
-    return rows
+    return {method.label: columns for method, columns in rows.items()}
 
 
-def pool(measured: list[dict[Method, Columns]]) -> dict[Method, Columns]:
+def pool(measured: list[dict[str, Columns]]) -> dict[str, Columns]:
     """The same methods on several networks, images side by side."""
-    by_label: dict[str, list[tuple[Method, Columns]]] = defaultdict(list)
-    for rows in measured:
-        for method, columns in rows.items():
-            by_label[method.label].append((method, columns))
     return {
-        found[0][0]: {
-            name: np.concatenate([columns[name] for _, columns in found]) for name in found[0][1]
-        }
-        for found in by_label.values()
+        label: {name: np.concatenate([rows[label][name] for rows in measured]) for name in columns}
+        for label, columns in measured[0].items()
     }
 
 
