@@ -51,7 +51,7 @@ def cape_section(facts: list[str], own: Rows, vanilla: Rows) -> str:
     """The tables of the CAPE part."""
     percent = {"average drop", "increase", "drop in deletion"}
     titles = {
-        "own": "Each method judged by the head it explains, on that head's top class (as published):",
+        "own": "Each method judged by the head it explains, on that head's top class:",
         "vanilla": "The same, all judged by the vanilla classifier, on its top class:",
     }
     lines = ["## CAPE and CAM on a digits classifier", "", *(f"* {fact}" for fact in facts), ""]
