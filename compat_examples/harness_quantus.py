@@ -55,7 +55,7 @@ METRICS = {
     "RelativeOutputStability": lambda: quantus.RelativeOutputStability(nr_samples=3, **QUIET),
     "PointingGame": lambda: quantus.PointingGame(**QUIET),
     "AttributionLocalisation": lambda: quantus.AttributionLocalisation(**QUIET),
-    "RelevanceMassAccuracy": lambda: quantus.RelevanceMassAccuracy(**QUIET),
+    "RelevanceMassAccuracy": lambda: quantus.RelevanceMassAccuracy(abs=True, **QUIET),
     "RelevanceRankAccuracy": lambda: quantus.RelevanceRankAccuracy(**QUIET),
     "TopKIntersection": lambda: quantus.TopKIntersection(k=40, **QUIET),
     "AUC": lambda: quantus.AUC(**QUIET),
@@ -64,7 +64,7 @@ METRICS = {
     "EffectiveComplexity": lambda: quantus.EffectiveComplexity(eps=0.5, normalise=True, **QUIET),
     "MPRT": lambda: quantus.MPRT(layer_order="top_down", **QUIET),
     "RandomLogit": lambda: quantus.RandomLogit(num_classes=10, seed=0, **QUIET),
-    "NonSensitivity": lambda: quantus.NonSensitivity(features_in_step=40, **PERTURB),
+    "NonSensitivity": lambda: quantus.NonSensitivity(features_in_step=1, **PERTURB),
 }
 
 
