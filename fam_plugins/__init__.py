@@ -7,6 +7,9 @@
 * :class:`fam_plugins.captum.LayerFam` and :class:`fam_plugins.grad_cam.FAM` are the Feature
   Activation Map (arXiv 2307.05017) and its sibling rules in the two tools' own form;
   :class:`fam_plugins.captum.LayerCape` and :class:`fam_plugins.grad_cam.CAPE` are CAPE's.
+* :func:`tokens_to_map`, :func:`channels_last_to_map` and :func:`infer_transform` lay out what
+  transformers give as a map, for both tools.
+* :mod:`fam_plugins.plots` draws pairs, episodes and ranked lists.
 
 The two tools load on first use of their adapter; importing this package loads neither.
 """
@@ -17,14 +20,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fam_plugins import cape, captum, grad_cam
+    from fam_plugins import cape, captum, grad_cam, plots
     from fam_plugins.average import gallery_mean
     from fam_plugins.captum import LayerCape, LayerFam
     from fam_plugins.grad_cam import CAPE, FAM, SimilarityTarget
+    from fam_plugins.layout import infer_transform
     from fam_plugins.pair import explain_pair
     from fam_plugins.references import prototypes
     from fam_plugins.similarity import frozen_scores
     from fam_plugins.similarity_model import SimilarityModel
+    from fam_plugins.transforms import channels_last_to_map, tokens_to_map
 
 __all__ = [
     "CAPE",
@@ -35,11 +40,15 @@ __all__ = [
     "SimilarityTarget",
     "cape",
     "captum",
+    "channels_last_to_map",
     "explain_pair",
     "frozen_scores",
     "gallery_mean",
     "grad_cam",
+    "infer_transform",
+    "plots",
     "prototypes",
+    "tokens_to_map",
 ]
 
 __version__ = "0.1.0"
@@ -51,17 +60,20 @@ _HOME = {
     "LayerFam": "captum",
     "SimilarityModel": "similarity_model",
     "SimilarityTarget": "grad_cam",
+    "channels_last_to_map": "transforms",
     "explain_pair": "pair",
     "frozen_scores": "similarity",
     "gallery_mean": "average",
+    "infer_transform": "layout",
     "prototypes": "references",
+    "tokens_to_map": "transforms",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-    if name in ("cape", "captum", "grad_cam"):
+    if name in ("cape", "captum", "grad_cam", "plots"):
         return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fam_plugins.cape.find_head import find_head
 from fam_plugins.captum._internals import TensorOrTensors, batch_size, run_forward, select_scores
+from fam_plugins.finite import check_finite
 from fam_plugins.layer_pass import LayerPass
 
 __all__ = ["LayerCape"]
@@ -95,8 +96,8 @@ class LayerCape(LayerAttribution):
         Raises:
             AssertionError: On a bad target, or a head that does not run.
             RuntimeError: If the head runs twice.
-            ValueError: On an empty batch, a model without a CAPE head, another layer than the one
-                that feeds it, or a split that CAPE does not have.
+            ValueError: On an empty batch, a map that holds NaN, a model without a CAPE head,
+                another layer than the one that feeds it, or a split that CAPE does not have.
         """
         if attribute_to_layer_input or not attr_dim_summation:
             raise ValueError(
@@ -119,7 +120,7 @@ class LayerCape(LayerAttribution):
         rows = torch.arange(len(features), device=features.device)
         with torch.no_grad():
             maps = head.relative(features) if self.relative else head.contributions(features)
-            picked = maps[rows, chosen].unsqueeze(1)
+            picked = check_finite(maps[rows, chosen].unsqueeze(1))
             if not return_convergence_delta:
                 return picked
             return picked, picked.flatten(1).sum(dim=1) - head(features)[rows, chosen].exp()

@@ -17,9 +17,12 @@ from fam_plugins.captum.many_references import (
     check_indices,
     map_references,
 )
+from fam_plugins.finite import check_finite
 from fam_plugins.layer_pass import LayerTensors, find_layer
+from fam_plugins.layout import Transform, check_transform, transform_for
 from fam_plugins.rule_pass import RulePass
 from fam_plugins.rules import Rule, find_rule
+from fam_plugins.transforms import refuse_unreached
 
 __all__ = ["LayerFam"]
 
@@ -44,11 +47,16 @@ class LayerFam(LayerAttribution):
             sums to the score), ``"centred"`` (``additive`` minus its mean; the best rule for
             finding what matches), ``"gradcam"`` (as ``LayerGradCam``).
         activation_transform: Rearranges what the layer gives into ``[B, C, ...]`` for layers that
-            put channels last: tokens ``[B, T, C]`` or Swin's ``[B, h, w, C]``. It must only
-            move, select or reshape values, because the gradient goes through it too.
+            put channels last: :class:`~fam_plugins.tokens_to_map` for tokens ``[B, T, C]``,
+            :func:`~fam_plugins.channels_last_to_map` for Swin's ``[B, h, w, C]``, or ``"auto"`` to
+            have it told by the shapes of the pass (:func:`~fam_plugins.infer_transform`). A
+            function of your own must only move, select or reshape values, because the gradient
+            goes through it too.
 
     Raises:
-        ValueError: If there is no such rule.
+        TypeError: If ``activation_transform`` cannot be called.
+        ValueError: If there is no such rule, or ``activation_transform`` is another string than
+            ``"auto"``.
 
     Example:
         >>> import torch
@@ -70,10 +78,11 @@ class LayerFam(LayerAttribution):
         device_ids: list[int] | None = None,
         *,
         rule: str = "fam",
-        activation_transform: Callable[[Tensor], Tensor] | None = None,
+        activation_transform: Transform | str | None = None,
     ) -> None:
         super().__init__(forward_func, layer, device_ids)
         find_rule(rule)
+        check_transform(activation_transform, "activation_transform")
         self.rule = rule
         self.activation_transform = activation_transform
 
@@ -116,8 +125,10 @@ class LayerFam(LayerAttribution):
             AssertionError: On a bad target, or a layer that does not run.
             RuntimeError: If the layer runs twice, or the score does not depend on it.
             TypeError: If the layer or the model gives something other than tensors.
-            ValueError: On an empty batch, an unknown layer name, a transform that gives another
-                shape than ``[B, C, ...]``, or a delta asked of a rule that does not add up.
+            ValueError: On an empty batch, a map that holds NaN, an unknown layer name, a
+                transform that gives another shape than ``[B, C, ...]`` or drops all that bears
+                the score (the class token of the last layer), a shape that ``"auto"`` cannot
+                tell, or a delta asked of a rule that does not add up.
 
         Warns:
             UserWarning: If rule ``"fam"`` meets a contrast set.
@@ -142,20 +153,20 @@ class LayerFam(LayerAttribution):
         scores = select_scores(output, target)
         (gradients,) = one.gradients(lambda: select_scores(output, target), **(grad_kwargs or {}))
         (activations,) = one.activations
-        maps = tuple(
-            rule.map(
-                self._as_map(activation, batch),
-                self._as_map(gradient, batch),
-                sum_channels=attr_dim_summation,
-            ).contiguous()
-            for activation, gradient in zip(activations, gradients, strict=True)
-        )
-        shown = tuple(F.relu(part) for part in maps) if relu_attributions else maps
+        maps = []
+        for activation, gradient in zip(activations, gradients, strict=True):
+            transform = self._transform(activation, inputs)
+            a, g = _as_map(activation, transform, batch), _as_map(gradient, transform, batch)
+            if transform is not None:
+                refuse_unreached(gradient, g, find_layer(self.forward_func, self.layer)[1])
+            mapped = check_finite(rule.map(a, g, sum_channels=attr_dim_summation))
+            maps.append(mapped.contiguous())
+        shown = tuple(F.relu(part) if relu_attributions else part for part in maps)
         result = shown if len(shown) > 1 else shown[0]
         if not return_convergence_delta:
             return result
         constant = one.constant(lambda: select_scores(forward(), target))
-        return result, _total(maps) + constant - scores.detach()
+        return result, _total(tuple(maps)) + constant - scores.detach()
 
     @log_usage()
     def attribute_references(
@@ -207,7 +218,7 @@ class LayerFam(LayerAttribution):
             find_rule(self.rule),
             ModelScores(self.forward_func, inputs, additional_forward_args),
             indices=indices,
-            as_map=lambda tensor: self._as_map(tensor, batch),
+            as_map=lambda tensor: _as_map(tensor, self._transform(tensor, inputs), batch),
             per_chunk=references_per_chunk,
         )
         shown = tuple(F.relu(part) for part in maps) if relu_attributions else maps
@@ -261,20 +272,27 @@ class LayerFam(LayerAttribution):
         one = RulePass([layer], [name], find_rule(self.rule), at_input=at_input)
         return one, lambda: run_forward(self.forward_func, inputs, additional_forward_args)
 
-    def _as_map(self, tensor: Tensor, batch: int) -> Tensor:
-        if self.activation_transform is not None:
-            tensor = self.activation_transform(tensor)
-            if not isinstance(tensor, Tensor) or tensor.dim() < 2 or len(tensor) != batch:
-                shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
-                raise ValueError(
-                    f"activation_transform gives {shape}, not [{batch}, C, ...]: it must keep the "
-                    "batch first and put the channels second"
-                )
-        elif tensor.dim() < 2:
+    def _transform(self, given: Tensor, inputs: TensorOrTensors) -> Transform | None:
+        """The transform for what the layer gave in this pass."""
+        if not isinstance(self.activation_transform, str):
+            return self.activation_transform
+        layer, name = find_layer(self.forward_func, self.layer)
+        images = next((t.shape for t in _tuple(inputs) if t.dim() == 4), None)
+        return transform_for(self.forward_func, layer, name, given.shape, images)
+
+
+def _as_map(tensor: Tensor, transform: Transform | None, batch: int) -> Tensor:
+    if transform is not None:
+        tensor = transform(tensor)
+        if not isinstance(tensor, Tensor) or tensor.dim() < 2 or len(tensor) != batch:
+            shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
             raise ValueError(
-                f"the layer gives shape {tuple(tensor.shape)}: a map needs [B, C, ...]"
+                f"activation_transform gives {shape}, not [{batch}, C, ...]: it must keep the "
+                "batch first and put the channels second"
             )
-        return tensor
+    elif tensor.dim() < 2:
+        raise ValueError(f"the layer gives shape {tuple(tensor.shape)}: a map needs [B, C, ...]")
+    return tensor
 
 
 def _check_adds_up(rule: Rule) -> None:

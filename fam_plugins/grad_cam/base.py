@@ -13,6 +13,7 @@ from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import Tensor, nn
 
 from fam_plugins.eval_mode import eval_mode
+from fam_plugins.finite import check_finite
 from fam_plugins.place import place_of
 
 __all__ = ["OnePassCAM", "Target", "to_numpy"]
@@ -151,12 +152,7 @@ class OnePassCAM(BaseCAM):
         size = tuple(input_tensor.shape[2:])
         self.attributions, scaled = [], []
         for attribution, cam in self.explain(one.current, one.outputs, targets, eigen_smooth):
-            if not torch.isfinite(attribution).all():
-                raise ValueError(
-                    "the map holds NaN or infinite values: check the input and the weights, and "
-                    "for float16 the range (bfloat16 or float32 have more)"
-                )
-            self.attributions.append(attribution)
+            self.attributions.append(check_finite(attribution))
             resized = scale_cam_image(
                 np.maximum(cam, 0), self.get_target_width_height(input_tensor)
             )

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from fam_plugins.grad_cam.base import OnePassCAM, Target, to_numpy
 from fam_plugins.layer_pass import LayerTensors, find_layer
+from fam_plugins.layout import check_transform, transform_for
 from fam_plugins.rule_pass import RulePass
 from fam_plugins.rules import find_rule
+from fam_plugins.transforms import refuse_unreached
 
 __all__ = ["FAM"]
 
@@ -34,7 +36,11 @@ class FAM(OnePassCAM):
     Args:
         model: The model to explain.
         target_layers: The layers whose maps are averaged; modules, or their names.
-        reshape_transform: Rearranges what a layer gives into ``[B, C, h, w]``, for tokens.
+        reshape_transform: Rearranges what a layer gives into ``[B, C, h, w]``:
+            :class:`~fam_plugins.tokens_to_map` for tokens ``[B, T, C]``,
+            :func:`~fam_plugins.channels_last_to_map` for Swin's ``[B, h, w, C]``, or ``"auto"`` to
+            have it told by the shapes of the pass, layer by layer
+            (:func:`~fam_plugins.infer_transform`).
         rule: ``"fam"`` (published), ``"additive"``, ``"centred"`` (the best rule for finding what
             matches), ``"gradcam"``.
 
@@ -45,8 +51,10 @@ class FAM(OnePassCAM):
         outputs: After a call, what the model returned, detached.
 
     Raises:
-        TypeError: If ``target_layers`` is not a list of layers.
-        ValueError: If it is empty, names an unknown layer, or there is no such rule.
+        TypeError: If ``target_layers`` is not a list of layers, or ``reshape_transform`` cannot be
+            called.
+        ValueError: If the list is empty or names an unknown layer, there is no such rule, or
+            ``reshape_transform`` is another string than ``"auto"``.
 
     Example:
         >>> from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
@@ -62,11 +70,12 @@ class FAM(OnePassCAM):
         self,
         model: nn.Module,
         target_layers: Sequence[nn.Module | str],
-        reshape_transform: Callable[[Any], Tensor] | None = None,
+        reshape_transform: Callable[[Any], Tensor] | str | None = None,
         *,
         rule: str = "fam",
     ) -> None:
         find_rule(rule)
+        check_transform(reshape_transform, "reshape_transform")
         if not isinstance(target_layers, (list, tuple)):
             raise TypeError(
                 f"target_layers must be a list of layers, such as [model.layer4], not "
@@ -75,21 +84,41 @@ class FAM(OnePassCAM):
         if not target_layers:
             raise ValueError("target_layers is empty: pass at least one, such as [model.layer4]")
         found = [find_layer(model, layer) for layer in target_layers]
-        super().__init__(model, [layer for layer, _ in found], reshape_transform)
+        given = None if isinstance(reshape_transform, str) else reshape_transform
+        super().__init__(model, [layer for layer, _ in found], given)
+        # BaseCAM only stores it; it is called here alone.
+        self.reshape_transform = reshape_transform
         self.rule = rule
         self._names = [name for _, name in found]
+        self._images: tuple[int, ...] | None = None
 
     def start_pass(self) -> RulePass:
         """Prepare the next forward pass."""
         return RulePass(self.target_layers, self._names, find_rule(self.rule))
+
+    def compute_cam_per_layer(
+        self, input_tensor: Tensor, targets: Sequence[Target], eigen_smooth: bool
+    ) -> list[np.ndarray]:
+        """Turn the pass that was made into one map a layer."""
+        self._images = tuple(input_tensor.shape)
+        return super().compute_cam_per_layer(input_tensor, targets, eigen_smooth)
 
     def explain(
         self, one: RulePass, outputs: Any, targets: Sequence[Target], eigen_smooth: bool
     ) -> Iterator[tuple[Tensor, np.ndarray]]:
         """Explain a pass: for each target layer its map ``[B, 1, h, w]``, and as float32 array."""
         gradients = one.gradients(lambda: _total_score(outputs, targets))
-        for activation, gradient in zip(one.activations, gradients, strict=True):
-            a, g = self._as_map(activation), self._as_map(gradient)
+        for activation, gradient, layer, name in zip(
+            one.activations, gradients, self.target_layers, self._names, strict=True
+        ):
+            transform = self.reshape_transform
+            if isinstance(transform, str):
+                transform = transform_for(
+                    self.model, layer, name, _only(activation, name).shape, self._images
+                )
+            a, g = _as_map(activation, transform), _as_map(gradient, transform)
+            if transform is not None and len(gradient) == 1:
+                refuse_unreached(gradient[0], g, name)
             attribution = find_rule(self.rule).map(a, g)
             if eigen_smooth:
                 parts = find_rule(self.rule).map(a, g, sum_channels=False)
@@ -97,19 +126,28 @@ class FAM(OnePassCAM):
             else:
                 yield attribution, to_numpy(attribution[:, 0])
 
-    def _as_map(self, tensors: LayerTensors) -> Tensor:
-        transform = self.reshape_transform
-        batch = len(tensors[0])
-        given = tensors[0] if len(tensors) == 1 else tensors
-        result = given if transform is None else transform(given)
-        if not isinstance(result, Tensor) or result.dim() not in (4, 5) or len(result) != batch:
-            what = "the layer" if transform is None else "reshape_transform"
-            shape = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
-            raise ValueError(
-                f"{what} gives {shape}, not [{batch}, C, h, w]: pass a reshape_transform that "
-                "keeps the batch first and puts the channels second"
-            )
-        return result
+
+def _only(tensors: LayerTensors, name: str) -> Tensor:
+    if len(tensors) != 1:
+        raise ValueError(
+            f"layer {name!r} gives {len(tensors)} tensors: pass a reshape_transform that picks one "
+            "and lays it out as [B, C, h, w]"
+        )
+    return tensors[0]
+
+
+def _as_map(tensors: LayerTensors, transform: Callable[[Any], Tensor] | None) -> Tensor:
+    batch = len(tensors[0])
+    given = tensors[0] if len(tensors) == 1 else tensors
+    result = given if transform is None else transform(given)
+    if not isinstance(result, Tensor) or result.dim() not in (4, 5) or len(result) != batch:
+        what = "the layer" if transform is None else "reshape_transform"
+        shape = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
+        raise ValueError(
+            f"{what} gives {shape}, not [{batch}, C, h, w]: pass a reshape_transform that "
+            "keeps the batch first and puts the channels second"
+        )
+    return result
 
 
 def _total_score(outputs: Any, targets: Sequence[Target]) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from pytorch_grad_cam.base_cam import BaseCAM
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import Tensor, nn
 
@@ -30,6 +31,15 @@ class Explainer:
         return self.name
 
 
+def _call(cam: BaseCAM, images: Tensor, targets: list[int]) -> Tensor:
+    result = cam(images, [ClassifierOutputTarget(t) for t in targets])
+    assert result.shape == (len(images), *images.shape[2:])
+    assert result.dtype == "float32"
+    assert result.min() >= 0
+    assert result.max() <= 1
+    return cam.attributions[0]
+
+
 def layer_fam(rule: str) -> Explainer:
     return Explainer(
         f"LayerFam-{rule}",
@@ -45,12 +55,7 @@ def fam(rule: str) -> Explainer:
         model: nn.Module, layer: nn.Module | str, images: Tensor, targets: list[int]
     ) -> Tensor:
         cam = FAM(model, [layer], rule=rule)
-        result = cam(images, [ClassifierOutputTarget(t) for t in targets])
-        assert result.shape == (len(images), *images.shape[2:])
-        assert result.dtype == "float32"
-        assert result.min() >= 0
-        assert result.max() <= 1
-        return cam.attributions[0]
+        return _call(cam, images, targets)
 
     return Explainer(f"FAM-{rule}", explain, keeps_mode=False)
 
@@ -71,12 +76,7 @@ def cape(relative: bool) -> Explainer:
         model: nn.Module, layer: nn.Module | str, images: Tensor, targets: list[int]
     ) -> Tensor:
         cam = CAPE(model, [layer], relative=relative)
-        result = cam(images, [ClassifierOutputTarget(t) for t in targets])
-        assert result.shape == (len(images), *images.shape[2:])
-        assert result.dtype == "float32"
-        assert result.min() >= 0
-        assert result.max() <= 1
-        return cam.attributions[0]
+        return _call(cam, images, targets)
 
     name = f"CAPE-{'relative' if relative else 'probability'}"
     return Explainer(name, explain, keeps_mode=False, kinds=("cape",))

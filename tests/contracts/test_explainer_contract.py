@@ -112,6 +112,15 @@ class TestEveryModel:
         assert maps.is_contiguous()
         torch.testing.assert_close(maps, expected)
 
+    def test_a_map_that_is_not_finite_is_refused(self, explainer, kind):
+        images = IMAGES.clone()
+        images[1] = float("nan")
+        model = MODELS[kind]()
+        before = State.of(model)
+        with pytest.raises(ValueError, match=r"holds NaN or infinite values: check the"):
+            explainer.explain(model, LAYER[kind], images, TARGETS)
+        before.assert_unchanged(model)
+
     def test_survives_a_deep_copy_of_the_model(self, explainer, kind):
         model = MODELS[kind]()
         expected = explainer.explain(model, LAYER[kind], IMAGES, TARGETS)

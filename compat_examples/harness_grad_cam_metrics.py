@@ -1,0 +1,40 @@
+"""pytorch-grad-cam's metrics on FAM and CAPE: ``as_cams`` is the one line of glue.
+
+python compat_examples/harness_grad_cam_metrics.py
+"""
+
+from __future__ import annotations
+
+import harness_models
+import numpy as np
+import torch
+from pytorch_grad_cam.metrics.cam_mult_image import DropInConfidence, IncreaseInConfidence
+from pytorch_grad_cam.metrics.road import ROADCombined
+from pytorch_grad_cam.utils.model_targets import ClassifierOutputSoftmaxTarget
+
+from fam_plugins.harness import as_cams
+
+
+def main() -> None:
+    bench = harness_models.prepare()
+    targets = [ClassifierOutputSoftmaxTarget(int(label)) for label in bench.labels]
+    rows = {}
+    for case in bench.cases:
+        maps = case.attribution().attribute(bench.images, target=bench.labels).detach()
+        cams = as_cams(maps, bench.images.shape[2:])  # the one line
+        torch.manual_seed(0)
+        np.random.seed(0)  # ROAD draws its noise from there
+        metrics = {
+            "drop in confidence, lower is better": DropInConfidence(),
+            "increase in confidence, higher is better": IncreaseInConfidence(),
+            "ROAD, higher is better": ROADCombined([20, 40, 60, 80]),
+        }
+        rows[case.name] = {
+            name: f"{metric(bench.images, cams, targets, case.model).mean():.3f}"
+            for name, metric in metrics.items()
+        }
+    harness_models.print_table(rows)
+
+
+if __name__ == "__main__":
+    main()

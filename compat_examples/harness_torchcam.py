@@ -1,0 +1,40 @@
+"""torchcam's metrics on FAM and CAPE: ``TorchcamExtractor`` is the one line of glue.
+
+pip install 'fam-plugins[torchcam]'
+python compat_examples/harness_torchcam.py
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import harness_models
+import torch
+
+from fam_plugins.harness import TorchcamExtractor
+
+try:
+    from torchcam.metrics import ClassificationMetric, DeletionInsertionMetric
+except ImportError as error:
+    raise SystemExit(
+        f"this example needs torchcam 0.5 ({error}): pip install 'fam-plugins[torchcam]'"
+    ) from error
+
+
+def main() -> None:
+    bench = harness_models.prepare()
+    softmax = partial(torch.softmax, dim=-1)
+    rows = {}
+    for case in bench.cases:
+        with TorchcamExtractor(case.attribution()) as extractor:  # the one line
+            confidence = ClassificationMetric(extractor, softmax)
+            curves = DeletionInsertionMetric(extractor, softmax)
+            for metric in (confidence, curves):
+                metric.update(bench.images, bench.labels.tolist())
+        values = confidence.summary() | curves.summary()
+        rows[case.name] = {name: f"{value:.3f}" for name, value in values.items()}
+    harness_models.print_table(rows)
+
+
+if __name__ == "__main__":
+    main()

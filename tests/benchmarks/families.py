@@ -1,0 +1,56 @@
+"""The README's table of architectures, measured: what the maps of each family add up to.
+
+Random weights and float64: this proves interfaces and arithmetic, not what a network sees.
+
+    python -m tests.benchmarks.families
+"""
+
+from __future__ import annotations
+
+import torch
+from tqdm.auto import tqdm
+
+from fam_plugins import LayerFam, SimilarityModel, tokens_to_map
+from tests.contracts.families import FAMILIES, REFUSED, SIZE, Family, encoder_of
+
+
+def measured(family: Family, images: torch.Tensor) -> str:
+    """The largest convergence delta over the batch, beside the largest score; or the refusal."""
+    net = encoder_of(family)
+    with torch.no_grad():
+        width = net(images).shape[1]
+    torch.manual_seed(1)
+    model = SimilarityModel(net, torch.randn(3, width).double())
+    explainer = LayerFam(model, family.layer, rule="additive", activation_transform="auto")
+    try:
+        _, delta = explainer.attribute(images, 1, return_convergence_delta=True)
+    except ValueError:
+        if family.maps != REFUSED:
+            raise
+        return REFUSED
+    with torch.no_grad():
+        score = model(images)[:, 1].abs().max()
+    return f"{family.maps} (delta {delta.abs().max():.0e} of {score:.0e})"
+
+
+def transform_name(family: Family) -> str:
+    if family.transform is None:
+        return "none"
+    if isinstance(family.transform, tokens_to_map):
+        return f"`tokens_to_map(h, w, skip={family.transform.skip})`"
+    return "`channels_last_to_map`"
+
+
+def main() -> None:
+    images = torch.randn(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0)).double()
+    rows = [(family, measured(family, images)) for family in tqdm(FAMILIES, desc="measuring")]
+    print("| family | example | layer | transform | maps | why |\n|---|---|---|---|---|---|")
+    for family, maps in rows:
+        print(
+            f"| {family.name} | {family.example} | `{family.layer}` | {transform_name(family)} | "
+            f"{maps} | {family.why} |"
+        )
+
+
+if __name__ == "__main__":
+    main()

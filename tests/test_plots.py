@@ -1,0 +1,190 @@
+"""Plots: what is drawn, on which scale, and that nothing global is touched."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fam_plugins import plots
+from fam_plugins.plots import plot_episode, plot_pair, plot_retrieval
+
+GENERATOR = torch.Generator().manual_seed(0)
+
+
+def images(*shape: int) -> torch.Tensor:
+    return torch.rand(*shape, generator=GENERATOR)
+
+
+def maps(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=GENERATOR)
+
+
+def layers(axis):
+    """The arrays on an axis, from the lowest up."""
+    return [np.asarray(drawn.get_array()) for drawn in axis.get_images()]
+
+
+def overlays(figure):
+    return [axis.get_images()[1] for axis in figure.axes if len(axis.get_images()) == 2]
+
+
+def test_a_pair_shows_both_images_and_both_maps_on_one_scale():
+    a, b = images(3, 12, 16), images(1, 20, 10)
+    map_a, map_b = maps(1, 3, 4), 5 * maps(1, 1, 5, 5)
+    figure = plot_pair(a, b, map_a, map_b, score=torch.tensor(0.25), titles=("left", "right"))
+    top_a, top_b, low_a, low_b, bar = figure.axes
+    np.testing.assert_allclose(layers(top_a)[0], a.permute(1, 2, 0))
+    for channel in range(3):
+        np.testing.assert_allclose(layers(top_b)[0][..., channel], b[0])
+    assert (top_a.get_title(), top_b.get_title()) == ("left", "right")
+    for axis, image, drawn in ((low_a, a, map_a[None]), (low_b, b, map_b)):
+        below, above = layers(axis)
+        np.testing.assert_allclose(below, image.mean(dim=0), rtol=1e-6)
+        expected = F.interpolate(drawn, image.shape[1:], mode="bilinear")[0, 0]
+        np.testing.assert_allclose(above, expected, rtol=1e-6)
+        assert axis.get_aspect() == 1
+    most = float(max(map_a.abs().max(), map_b.abs().max()))
+    for drawn in overlays(figure):
+        assert drawn.get_clim() == (-most, most)
+        # Captum's colours for signed attributions.
+        np.testing.assert_allclose(drawn.cmap(0.0)[:3], (1, 0, 0))
+        np.testing.assert_allclose(drawn.cmap(0.5)[:3], (1, 1, 1), atol=0.01)
+        np.testing.assert_allclose(drawn.cmap(1.0)[:3], (0, 0.5, 0), atol=0.01)
+    assert bar.get_ylabel() == "share of the score"
+    assert figure.get_suptitle() == "similarity 0.250"
+
+
+def test_maps_without_negative_values_start_at_zero():
+    figure = plot_pair(images(4, 4), images(4, 4), maps(1, 2, 2).abs(), torch.zeros(1, 2, 2))
+    for drawn in overlays(figure):
+        assert drawn.get_clim()[0] == 0
+        assert drawn.cmap.name == "Greens"
+    zeros = plot_pair(images(4, 4), images(4, 4), torch.zeros(1, 2, 2), torch.zeros(1, 2, 2))
+    assert overlays(zeros)[0].get_clim() == (0, 1)
+
+
+def test_an_episode_is_a_grid_with_the_nearest_reference_framed():
+    queries, references = images(2, 3, 8, 8), images(3, 3, 6, 6)
+    drawn = maps(2, 3, 1, 2, 2)
+    scores = [[0.1, 0.3, 0.2], [0.9, 0.5, 0.4]]
+    figure = plot_episode(queries, references, drawn, scores=scores, labels=["x", "y", "z"])
+    grid = np.array(figure.axes[:12]).reshape(3, 4)
+    assert len(figure.axes) == 13
+    assert not layers(grid[0, 0])
+    for j in range(3):
+        np.testing.assert_allclose(layers(grid[0, j + 1])[0], references[j].permute(1, 2, 0))
+        assert grid[0, j + 1].get_title() == f"reference {'xyz'[j]}"
+    for i in range(2):
+        np.testing.assert_allclose(layers(grid[i + 1, 0])[0], queries[i].permute(1, 2, 0))
+        for j in range(3):
+            expected = F.interpolate(drawn[i, j][None], (8, 8), mode="bilinear")[0, 0]
+            np.testing.assert_allclose(layers(grid[i + 1, j + 1])[1], expected, rtol=1e-6)
+            assert grid[i + 1, j + 1].get_title() == f"{scores[i][j]:.3f}"
+            wide = grid[i + 1, j + 1].spines["top"].get_linewidth() > 2
+            assert wide == (j == [1, 0][i])
+    assert {o.get_clim() for o in overlays(figure)} == {
+        (-float(drawn.abs().max()), float(drawn.abs().max()))
+    }
+
+
+def test_a_ranked_list_shows_both_sides():
+    query, hits = images(8, 8), [images(3, 6, 9), images(1, 5, 5)]
+    query_maps, hit_maps = maps(2, 1, 2, 2), 3 * maps(2, 1, 3, 3)
+    figure = plot_retrieval(query, hits, query_maps, hit_maps, np.array([0.9, 0.8]))
+    grid = np.array(figure.axes[:9]).reshape(3, 3)
+    assert len(figure.axes) == 10
+    np.testing.assert_allclose(layers(grid[0, 0])[0][..., 0], query)
+    for j, hit in enumerate(hits):
+        assert grid[0, j + 1].get_title() == f"hit {j + 1}: {[0.9, 0.8][j]:.3f}"
+        expected = F.interpolate(query_maps[j][None], (8, 8), mode="bilinear")[0, 0]
+        np.testing.assert_allclose(layers(grid[1, j + 1])[1], expected, rtol=1e-6)
+        expected = F.interpolate(hit_maps[j][None], hit.shape[1:], mode="bilinear")[0, 0]
+        np.testing.assert_allclose(layers(grid[2, j + 1])[1], expected, rtol=1e-6)
+    assert len({o.get_clim() for o in overlays(figure)}) == 1
+
+
+def test_nothing_global_is_touched_and_the_figure_can_be_saved(tmp_path):
+    code = (
+        "import sys, torch\n"
+        "from fam_plugins import plots\n"
+        "assert 'matplotlib' not in sys.modules\n"
+        "a, m = torch.rand(2, 1, 8, 8), torch.randn(2, 1, 2, 2)\n"
+        "figure = plots.plot_pair(a[0], a[1], m[0], m[1])\n"
+        "figure = plots.plot_episode(a, a, torch.randn(2, 2, 1, 2, 2))\n"
+        "figure = plots.plot_retrieval(a[0], a, m, m, [1, 2])\n"
+        f"figure.savefig({str(tmp_path / 'plot.png')!r})\n"
+        "assert 'matplotlib.pyplot' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+    before = dict(matplotlib.rcParams)
+    plot_pair(images(8, 8), images(8, 8), maps(1, 2, 2), maps(1, 2, 2))
+    assert dict(matplotlib.rcParams) == before
+    import matplotlib.pyplot as plt
+
+    assert plt.get_fignums() == []
+
+
+def test_without_matplotlib_the_fix_is_named():
+    code = (
+        "import sys, torch; sys.modules['matplotlib'] = sys.modules['matplotlib.figure'] = None\n"
+        "from fam_plugins import plots\n"
+        "a, m = torch.rand(1, 8, 8), torch.randn(1, 2, 2)\n"
+        "try: plots.plot_pair(a, a, m, m)\n"
+        "except ImportError as error: print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "pip install matplotlib" in done.stdout
+
+
+def test_half_precision_and_maps_with_a_graph_are_drawn():
+    drawn = maps(1, 2, 2).bfloat16().requires_grad_()
+    plot_pair(images(8, 8).half(), images(8, 8), drawn, drawn)
+
+
+A, M = torch.rand(3, 8, 8), torch.randn(1, 2, 2)
+TWO, MM = torch.rand(2, 3, 8, 8), torch.randn(2, 1, 2, 2)
+BAD = A.clone()
+BAD[0, 0, 0] = torch.nan
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: plot_pair(TWO, A, M, M), r"image_a has shape \(2, 3, 8, 8\).*images\[i\]"),
+        (lambda: plot_pair(A.permute(1, 2, 0), A, M, M), "1 or 3 channels first"),
+        (lambda: plot_pair(A, 255 * A, M, M), "image_b has values.*image / 255"),
+        (lambda: plot_pair(A - 0.5, A, M, M), "before the model's normalisation"),
+        (lambda: plot_pair(A, BAD, M, M), "image_b holds NaN"),
+        (lambda: plot_pair(A, A, M * torch.nan, M), "map_a holds NaN"),
+        (lambda: plot_pair(A, A, M, MM), r"map_b has shape \(2, 1, 2, 2\), not \[1, h, w\]"),
+        (lambda: plot_pair(A, A, M, M, titles=("a",)), "pass two"),
+        (lambda: plot_pair(A, A, M, M, score=[1.0, 2.0]), "scores has shape"),
+        (lambda: plot_episode(TWO, TWO, MM), r"maps has shape .*not \[2, 2, 1, h, w\]"),
+        (lambda: plot_episode([], TWO, MM), "there are no queries"),
+        (
+            lambda: plot_episode(TWO, TWO, torch.randn(2, 2, 1, 2, 2), scores=[1, 2]),
+            r"scores has shape \(2,\), not \[2, 2\]",
+        ),
+        (
+            lambda: plot_episode(TWO, TWO, torch.randn(2, 2, 1, 2, 2), labels="abc"),
+            "3 labels for 2 references",
+        ),
+        (lambda: plot_retrieval(A, TWO, MM[:1], MM, [1, 2]), "query_maps has shape"),
+        (lambda: plot_retrieval(A, TWO, MM, MM[:1], [1, 2]), "hit_maps has shape"),
+        (lambda: plot_retrieval(A, TWO, MM, MM, [1]), "scores has shape"),
+    ],
+)
+def test_bad_input_names_the_fix(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_every_plot_is_public():
+    assert set(plots.__all__) == {"plot_pair", "plot_episode", "plot_retrieval"}
