@@ -169,6 +169,23 @@ def test_a_layer_with_several_tensors():
         torch.testing.assert_close(many[:, 1], single)
 
 
+def test_regions_that_no_score_reaches_are_refused():
+    class FirstToken(nn.Module):
+        def forward(self, tokens):
+            return tokens[:, 0]
+
+    net = nn.Sequential(nn.Flatten(2), nn.Identity(), FirstToken())
+    model = SimilarityModel(net, torch.randn(3, 20))
+    tokens = torch.rand(2, 5, 20)
+    explainer = LayerFam(model, "encoder.1", activation_transform=lambda t: t[:, 1:].mT)
+    for explain in (
+        lambda: explainer.attribute(tokens, 0),
+        lambda: explainer.attribute_references(tokens),
+    ):
+        with pytest.raises(ValueError, match="only through what the transform drops"):
+            explain()
+
+
 def test_relu_and_chunks_change_nothing_else():
     explainer = LayerFam(SimilarityModel(encoder(), ROWS), "last", rule="centred")
     maps = explainer.attribute_references(IMAGES)

@@ -219,9 +219,10 @@ class LayerFam(LayerAttribution):
             ModelScores(self.forward_func, inputs, additional_forward_args),
             indices=indices,
             as_map=lambda tensor: _as_map(tensor, self._transform(tensor, inputs), batch),
+            check=lambda before, after: refuse_unreached(before, after, name),
             per_chunk=references_per_chunk,
         )
-        shown = tuple(F.relu(part) for part in maps) if relu_attributions else maps
+        shown = tuple(F.relu(m) if relu_attributions else m for m in map(check_finite, maps))
         return shown if len(shown) > 1 else shown[0]
 
     def has_convergence_delta(self) -> bool:

@@ -94,6 +94,7 @@ def map_references(
     *,
     indices: Any,
     as_map: Callable[[Tensor], Tensor],
+    check: Callable[[Tensor, Tensor], None],
     per_chunk: int,
 ) -> LayerTensors:
     """Run the model once and map every wanted reference.
@@ -104,6 +105,7 @@ def map_references(
         scores: The model and its inputs.
         indices: ``[B, k]``, checked by :func:`check_indices`; ``None`` for all.
         as_map: Rearranges what the layer gives into ``[B, C, ...]``.
+        check: Judges gradients as the layer has them beside the same ones rearranged.
         per_chunk: How many references an image to hold gradients of at a time.
 
     Returns:
@@ -126,12 +128,12 @@ def map_references(
     def backward(cotangents: Tensor) -> list[Tensor]:
         """Directions ``[c, B, M]`` -> gradients ``[c, B, C, R]`` of each tensor of the layer."""
         found = one.many_gradients(end, cotangents)[0]
-        return [
-            torch.stack([as_map(part) for part in parts]).flatten(3)
-            if activation.dim() > 2
-            else torch.stack([as_map(part) for part in parts])[..., None]
-            for parts, activation in zip(found, activations, strict=True)
-        ]
+        rearranged = []
+        for parts in found:
+            maps = torch.stack([as_map(part) for part in parts])
+            check(parts, maps)
+            rearranged.append(maps.flatten(3) if maps.dim() > 3 else maps[..., None])
+        return rearranged
 
     tail = None
     if len(activations) == 1:
