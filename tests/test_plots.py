@@ -57,7 +57,7 @@ def test_a_pair_shows_both_images_and_both_maps_on_one_scale():
         np.testing.assert_allclose(drawn.cmap(0.5)[:3], (1, 1, 1), atol=0.01)
         np.testing.assert_allclose(drawn.cmap(1.0)[:3], (0, 0.5, 0), atol=0.01)
     assert bar.get_ylabel() == "share of the score"
-    assert figure.get_suptitle() == "similarity 0.250"
+    assert figure.get_suptitle() == "score 0.250"
 
 
 def test_maps_without_negative_values_start_at_zero():
