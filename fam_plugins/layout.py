@@ -142,9 +142,9 @@ _WAYS = (
 
 
 def _is_grid(grid: Sequence[int], size: Sequence[int]) -> bool:
-    """Whether a grid has the shape of the image, up to one row or column, and is no finer."""
+    """Whether a grid has the shape of the image, up to one row or column."""
     (h, w), (height, width) = grid, size
-    return h <= height and w <= width and abs(h * width - w * height) <= max(height, width)
+    return abs(h * width - w * height) <= max(height, width)
 
 
 def _for_tokens(

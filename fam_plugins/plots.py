@@ -45,7 +45,7 @@ def plot_pair(
         image_b: The other image; its size may differ.
         map_a: Map of the first image, ``[1, h, w]`` or ``[1, 1, h, w]``.
         map_b: Map of the second.
-        score: The similarity, for the title of the figure.
+        score: The score, for the title of the figure.
         titles: What to call the two images.
         label: What the numbers at the colour bar are; for the rule ``"fam"``, whose maps are in
             units of the activation, ``"FAM"``.
@@ -76,7 +76,7 @@ def plot_pair(
         overlay.draw(axes[1, column], images[column], maps[column])
     overlay.colour_bar(figure, axes[1, :], label)
     if number is not None:
-        figure.suptitle(f"similarity {number:.3f}", fontsize=11)
+        figure.suptitle(f"score {number:.3f}", fontsize=11)
     return figure
 
 

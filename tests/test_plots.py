@@ -57,7 +57,7 @@ def test_a_pair_shows_both_images_and_both_maps_on_one_scale():
         np.testing.assert_allclose(drawn.cmap(0.5)[:3], (1, 1, 1), atol=0.01)
         np.testing.assert_allclose(drawn.cmap(1.0)[:3], (0, 0.5, 0), atol=0.01)
     assert bar.get_ylabel() == "share of the score"
-    assert figure.get_suptitle() == "similarity 0.250"
+    assert figure.get_suptitle() == "score 0.250"
 
 
 def test_maps_without_negative_values_start_at_zero():
@@ -67,6 +67,11 @@ def test_maps_without_negative_values_start_at_zero():
         assert drawn.cmap.name == "Greens"
     zeros = plot_pair(images(4, 4), images(4, 4), torch.zeros(1, 2, 2), torch.zeros(1, 2, 2))
     assert overlays(zeros)[0].get_clim() == (0, 1)
+
+
+def test_one_negative_map_makes_the_scale_signed_for_both():
+    figure = plot_pair(images(4, 4), images(4, 4), maps(1, 2, 2).abs(), -maps(1, 2, 2).abs())
+    assert all(drawn.get_clim()[0] < 0 for drawn in overlays(figure))
 
 
 def test_an_episode_is_a_grid_with_the_nearest_reference_framed():
@@ -106,7 +111,8 @@ def test_a_ranked_list_shows_both_sides():
         np.testing.assert_allclose(layers(grid[1, j + 1])[1], expected, rtol=1e-6)
         expected = F.interpolate(hit_maps[j][None], hit.shape[1:], mode="bilinear")[0, 0]
         np.testing.assert_allclose(layers(grid[2, j + 1])[1], expected, rtol=1e-6)
-    assert len({o.get_clim() for o in overlays(figure)}) == 1
+    most = float(max(query_maps.abs().max(), hit_maps.abs().max()))
+    assert {o.get_clim() for o in overlays(figure)} == {(-most, most)}
 
 
 def test_nothing_global_is_touched_and_the_figure_can_be_saved(tmp_path):

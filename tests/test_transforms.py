@@ -267,3 +267,45 @@ def test_auto_asks_for_a_transform_where_a_function_hides_the_model():
     explainer = LayerFam(lambda x: net(x), net.encoder.layers[0].ln_1, activation_transform="auto")
     with pytest.raises(ValueError, match=r"17 = 1 \+ 4 x 4.*tokens_to_map\(4, 4, skip=1\)"):
         explainer.attribute(IMAGES, 1)
+
+
+class Pair(nn.Module):
+    """A network whose first layer gives two maps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.two = TwoMaps()
+
+    def forward(self, images):
+        a, b = self.two(images)
+        return (a + b).mean(dim=(2, 3))
+
+
+class TwoMaps(nn.Module):
+    def forward(self, images):
+        return images * 2, images * 3
+
+
+def test_auto_with_a_layer_that_gives_two_tensors():
+    net = Pair()
+    maps = LayerFam(net, "two", activation_transform="auto").attribute(IMAGES, 1)
+    assert [part.shape for part in maps] == [(2, 1, 32, 32)] * 2
+    with pytest.raises(TypeError, match="'two' gives 2 tensors: choose a layer inside"):
+        infer_transform(net, "two", IMAGES)
+    with pytest.raises(ValueError, match="'two' gives 2 tensors: pass a reshape_transform"):
+        FAM(net, ["two"], "auto")(IMAGES, [ClassifierOutputTarget(1)] * 2)
+
+
+def test_the_innermost_module_that_tells_its_grid_is_believed():
+    class Outer(nn.Module):
+        patch_size, image_size = 4, (8, 32)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = vit()
+            self.class_token = torch.zeros(1)
+
+        def forward(self, images):
+            return self.inner(images)
+
+    assert infer_transform(Outer(), "inner.encoder", IMAGES) == tokens_to_map(4, 4)

@@ -1,0 +1,169 @@
+"""Explain a contrastive encoder on its pooled features and through its projection head.
+
+Trains a small encoder on scikit-learn's handwritten digits as SimCLR does (arXiv 2002.05709),
+without labels, and checks it by k nearest neighbours on held-out digits. A pair of digits is then
+explained twice: on the pooled backbone features, which is what such encoders are used for, and
+through the projection head, which is what they were trained on. The convergence delta tells that
+the first is exact and the second, through the head's ReLU, first order. Writes a picture of each.
+
+    python compat_examples/contrastive.py --out out
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import digits as digits_data
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from fam_plugins import LayerFam, SimilarityModel
+from fam_plugins.plots import plot_pair
+
+
+class ContrastiveEncoder(nn.Module):
+    """A backbone with pooled features and a projection head of one hidden layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = digits_data.Encoder(head=False)
+        self.projection = nn.Sequential(nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 64))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images ``[B, 1, H, W]`` -> projections ``[B, 64]``."""
+        return self.projection(self.backbone(images))
+
+
+def view(images: Tensor, generator: torch.Generator) -> Tensor:
+    """One random view: shifted in its field, turned, scaled, sheared, brightened, with noise."""
+    fields = digits_data.place(images, generator)
+    count = len(fields)
+
+    def uniform(low: float, high: float) -> Tensor:
+        return low + (high - low) * torch.rand(count, generator=generator)
+
+    angle, scale, shear = uniform(-0.35, 0.35), uniform(0.85, 1.2), uniform(-0.25, 0.25)
+    zero = torch.zeros(count)
+    rows = [
+        torch.stack([scale * angle.cos(), scale * (shear - angle.sin()), zero], dim=1),
+        torch.stack([scale * angle.sin(), scale * angle.cos(), zero], dim=1),
+    ]
+    grid = F.affine_grid(torch.stack(rows, dim=1), list(fields.shape), align_corners=False)
+    turned = F.grid_sample(fields, grid, align_corners=False)
+    bright = uniform(0.6, 1.0)[:, None, None, None]
+    return turned * bright + 0.05 * torch.randn(turned.shape, generator=generator)
+
+
+def nt_xent(a: Tensor, b: Tensor, temperature: float = 0.2) -> Tensor:
+    """SimCLR's loss: each view must find the other view of its image among all the others."""
+    z = F.normalize(torch.cat([a, b]), dim=1)
+    logits = (z @ z.T / temperature).fill_diagonal_(-torch.inf)
+    partner = torch.arange(len(z), device=z.device).roll(len(a))
+    return F.cross_entropy(logits, partner)
+
+
+def train(
+    data: digits_data.Digits, *, steps: int, batch: int, seed: int, device: str
+) -> ContrastiveEncoder:
+    """Train backbone and projection head on two views an image; labels are never looked at."""
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    encoder = ContrastiveEncoder().to(device)
+    optimiser = torch.optim.Adam(encoder.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 3e-3, total_steps=steps)
+    bar = tqdm(range(steps), desc="contrastive training")
+    for _ in bar:
+        drawn = torch.randperm(len(data.train), generator=generator)[:batch]
+        views = torch.cat([view(data.train[drawn], generator) for _ in range(2)]).to(device)
+        loss = nt_xent(*encoder(views).chunk(2))
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+    return encoder.eval()
+
+
+def embed(encoder: nn.Module, images: Tensor, device: str) -> Tensor:
+    with torch.no_grad():
+        return F.normalize(encoder(images.to(device)), dim=1).cpu()
+
+
+def knn_accuracy(
+    encoder: nn.Module, data: digits_data.Digits, device: str, *, k: int = 5, seed: int = 0
+) -> float:
+    """Held-out digits classified by their ``k`` most similar training digits."""
+    generator = torch.Generator().manual_seed(seed)
+    gallery = embed(encoder, digits_data.place(data.train, generator), device)
+    queries = embed(encoder, digits_data.place(data.held_out, generator), device)
+    nearest = (queries @ gallery.T).topk(k, dim=1).indices
+    votes = F.one_hot(data.train_labels[nearest], 10).sum(dim=1)
+    return float((votes.argmax(dim=1) == data.held_out_labels).float().mean())
+
+
+def explain(
+    encoder: nn.Module, layer: nn.Module, a: Tensor, b: Tensor, gallery: Tensor
+) -> tuple[list[Tensor], list[float], float]:
+    """Both maps of a pair, both convergence deltas, and the score.
+
+    The contrast is the training digits: what makes these two more alike than digits are anyway?
+    """
+    maps, deltas, score = [], [], 0.0
+    for query, reference in ((a, b), (b, a)):
+        model = SimilarityModel(encoder, reference, contrast=gallery)
+        explainer = LayerFam(model, layer, rule="additive")
+        attribution, delta = explainer.attribute(query, target=0, return_convergence_delta=True)
+        maps.append(attribution)
+        deltas.append(delta.item())
+        if query is a:
+            with torch.no_grad():
+                score = model(query).item()
+    return maps, deltas, score
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the pictures")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--batch", type=int, default=192)
+    parser.add_argument("--digit", type=int, default=5, choices=range(10), help="which to explain")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    data = digits_data.load(args.seed)
+    encoder = train(data, steps=args.steps, batch=args.batch, seed=args.seed, device=args.device)
+    named = {"pooled backbone features": encoder.backbone, "projection head": encoder}
+    print("k-NN accuracy on held-out digits (k = 5, cosine; no label was used in training):")
+    for name, network in named.items():
+        print(f"  {name}: {knn_accuracy(network, data, args.device, seed=args.seed):.1%}")
+
+    rows = (data.held_out_labels == args.digit).nonzero().flatten()[:2]
+    fields = digits_data.place(data.held_out[rows], torch.Generator().manual_seed(args.seed))
+    a, b = fields.to(args.device).split(1)
+    gallery = digits_data.place(data.train[:500], torch.Generator().manual_seed(args.seed))
+    print(f"\ntwo held-out digits, both a {args.digit}; contrast: 500 training digits")
+    for name, network in named.items():
+        maps, deltas, score = explain(
+            network, encoder.backbone.features, a, b, gallery.to(args.device)
+        )
+        worst = max(map(abs, deltas))
+        kind = "exact" if worst < 1e-5 else "first order"
+        total = maps[0].sum().item()
+        print(
+            f"  {name}: score {score:.4f}, sum of the map {total:.4f}, convergence delta up to "
+            f"{worst:.1e} ({kind})"
+        )
+        figure = plot_pair(a[0], b[0], *maps)
+        figure.suptitle(f"{name}: score {score:.3f}, {kind}", fontsize=10)
+        path = args.out / f"contrastive_{name.split()[0]}.png"
+        figure.savefig(path, dpi=110)
+        print(f"  wrote {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""A transformer beside a ConvNet: the same question to a ViT, a Swin and a MobileNetV2.
+
+Two photographs stand side by side in one query, and two references show parts of each of them,
+mirrored. What in the query matches which reference? Every encoder answers through the same three
+lines; only the layer differs, and activation_transform="auto" lays out tokens and channels-last
+maps. Prints how much of each map's energy is on the right photograph, and writes a picture of each
+encoder.
+
+    python compat_examples/timm_backbones.py --out out
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from urllib.error import HTTPError
+from urllib.request import urlopen
+
+import pretrained
+import torch
+from sklearn.datasets import load_sample_image
+from torch import Tensor, nn
+from torchvision.transforms import functional as T
+from tqdm.auto import tqdm
+
+from fam_plugins import LayerFam, SimilarityModel
+from fam_plugins.plots import plot_episode
+
+PHOTOGRAPHS = ("china.jpg", "flower.jpg")
+RANDOM = "RANDOM WEIGHTS: these maps mean nothing"
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """An encoder, the layer to explain, and how it wants its images normalised.
+
+    Attributes:
+        warning: What a picture made with it must say about its weights.
+    """
+
+    name: str
+    encoder: nn.Module
+    layer: str
+    mean: list[float]
+    std: list[float]
+    warning: str
+
+
+def import_timm() -> ModuleType:
+    """Import timm; without a network, in a mode that does not retry for a minute a model."""
+    try:
+        urlopen(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=10).close()
+    except HTTPError:
+        pass  # An answer, if an unfriendly one: there is a network.
+    except OSError:
+        # Read when the hub is imported; weights that were downloaded before are still found.
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    try:
+        import timm
+    except ImportError as error:
+        raise SystemExit("this example needs timm: pip install timm") from error
+    return timm
+
+
+def backbones(args: argparse.Namespace) -> Iterator[Backbone]:
+    """One after another, so that only one is in memory."""
+    timm = import_timm()
+    convnet, warning = pretrained.load_model(args.weights)
+    convnet.classifier = nn.Identity()
+    yield Backbone("mobilenet_v2", convnet, "features", args.mean, args.std, warning)
+    # Swin's embedding is the mean of its normalised map: exact at "norm".
+    yield from_timm(timm, "swin_tiny_patch4_window7_224", "norm")
+    # ViT's embedding is its class token, which reads the patches through the last attention.
+    yield from_timm(timm, "vit_small_patch16_224", "blocks.11.norm1")
+
+
+def from_timm(timm: ModuleType, name: str, layer: str) -> Backbone:
+    """Load a timm encoder with its weights: downloaded, or (said aloud) random."""
+    warning = ""
+    try:
+        encoder = timm.create_model(name, pretrained=True, num_classes=0)
+    # Hubs raise many kinds of errors without a network; whichever it was is printed.
+    except Exception as error:
+        print(
+            f"The weights of {name} could not be downloaded ({type(error).__name__}).\n"
+            "Going on with RANDOM weights: this shows that the code runs, and its map means "
+            "nothing."
+        )
+        torch.manual_seed(0)
+        encoder, warning = timm.create_model(name, num_classes=0), RANDOM
+    config = timm.data.resolve_model_data_config(encoder)
+    mean, std = list(config["mean"]), list(config["std"])
+    return Backbone(name, encoder.eval(), layer, mean, std, warning)
+
+
+def photographs() -> tuple[Tensor, Tensor]:
+    """The query ``[1, 3, 224, 224]`` with both photographs, and a reference of each.
+
+    Every reference is the mirrored lower three quarters of its photograph, at another scale.
+    """
+    halves, references = [], []
+    for name in PHOTOGRAPHS:
+        image = torch.from_numpy(load_sample_image(name).copy()).permute(2, 0, 1) / 255
+        square = T.center_crop(image, [420, 420])
+        halves.append(T.resize(square[:, :, 105:315], [224, 112], antialias=True))
+        part = T.hflip(square[:, 105:, 52:367])
+        references.append(T.resize(part, [224, 224], antialias=True))
+    return torch.cat(halves, dim=2)[None].clamp(0, 1), torch.stack(references).clamp(0, 1)
+
+
+def energy_on(half: int, attribution: Tensor) -> float:
+    """Share of the positive part of a map ``[h, w]`` on one half of the query; 0.5 by chance."""
+    size = attribution.shape[1] // 2
+    energy = attribution.clamp_min(0)
+    # A middle column belongs to neither half.
+    sides = [energy[:, :size].sum(), energy[:, attribution.shape[1] - size :].sum()]
+    return float(sides[half] / (sides[0] + sides[1]).clamp_min(1e-12))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the pictures")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--weights", type=Path, help="a state dict of MobileNetV2; downloaded if not given"
+    )
+    parser.add_argument("--mean", type=float, nargs=3, default=[0.485, 0.456, 0.406])
+    parser.add_argument("--std", type=float, nargs=3, default=[0.229, 0.224, 0.225])
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(args.seed)
+
+    query, references = photographs()
+    lines = []
+    for backbone in tqdm(backbones(args), total=3, desc="encoders"):
+        encoder = backbone.encoder.to(args.device)
+        images = T.normalize(query, backbone.mean, backbone.std).to(args.device)
+        shots = T.normalize(references, backbone.mean, backbone.std).to(args.device)
+
+        model = SimilarityModel(encoder, shots, contrast="others")
+        explainer = LayerFam(model, backbone.layer, rule="centred", activation_transform="auto")
+        maps = [explainer.attribute(images, target=j) for j in range(2)]
+
+        exact = LayerFam(model, backbone.layer, rule="additive", activation_transform="auto")
+        _, delta = exact.attribute(images, target=0, return_convergence_delta=True)
+        with torch.no_grad():
+            scores = model(images)
+        right = [energy_on(j, maps[j][0, 0]) for j in range(2)]
+        kind = "exact" if delta.abs().max() < 1e-5 else "first order"
+        shown = ["-" if backbone.warning else f"{share:.2f}" for share in right]
+        lines.append(
+            f"| {backbone.name} | `{backbone.layer}` | {tuple(maps[0].shape[2:])} | {kind} "
+            f"({delta.abs().max():.0e}) | {shown[0]} | {shown[1]} | "
+            f"{'random' if backbone.warning else 'pretrained'} |"
+        )
+        figure = plot_episode(
+            query,
+            references,
+            torch.stack(maps, dim=1),
+            scores=scores,
+            labels=[name.split(".")[0] for name in PHOTOGRAPHS],
+            label="share of the score,\nminus its mean",
+        )
+        figure.suptitle(f"{backbone.name} {backbone.warning}".strip(), fontsize=10)
+        path = args.out / f"timm_backbones_{backbone.name}.png"
+        figure.savefig(path, dpi=110)
+        tqdm.write(f"wrote {path}")
+
+    print("\nenergy on the matching photograph (0.50 by chance), rule centred, contrast others\n")
+    print("| encoder | layer | map | additive map | china | flower | weights |")
+    print("|---|---|---|---|---|---|---|")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
