@@ -112,18 +112,20 @@ def _versus(rows: Rows, rival: str) -> list[str]:
 
 def _path(networks: list[Rows], rows: Rows) -> str:
     lines = [
-        "Gain of the path rule over `centred` under the same contrast:",
+        "Gain of the path rule over `centred`. It reads a gallery already without contrast, so it "
+        "also has to beat `centred` with one:",
         "",
-        "| contrast | metric | all networks | network by network |",
-        "|---|---|---|---|",
+        "| path rule | against | metric | all networks | network by network |",
+        "|---|---|---|---|---|",
     ]
-    for suffix in ("", ", contrast others"):
+    contrasts = {"none": "", "others": ", contrast others"}
+    for mine, theirs in (("none", "none"), ("others", "others"), ("none", "others")):
         for metric in JUDGED:
-            pair = (f"path rule{suffix}", f"rule centred{suffix}", metric)
+            pair = (f"path rule{contrasts[mine]}", f"rule centred{contrasts[theirs]}", metric)
             verdict = compare(rows, *pair)
             each = [compare(network, *pair).word for network in networks]
             lines.append(
-                f"| {suffix[11:] or 'none'} | {metric} | {shown(verdict.gain)} {verdict.word} | "
-                f"{', '.join(each)} |"
+                f"| contrast {mine} | `centred`, contrast {theirs} | {metric} | "
+                f"{shown(verdict.gain)} {verdict.word} | {', '.join(each)} |"
             )
     return "\n".join(lines)
