@@ -1,7 +1,8 @@
 """How good are the maps? FAM's rules and CAPE beside Grad-CAM and its relatives.
 
 Trains small networks on scikit-learn's digits, measures every method, and writes ``map_quality.md``
-and ``map_quality.png``. No download. The files are written anew after every network.
+and ``map_quality.png``. No download. All values are saved after
+every network; ``--redraw`` makes tables and picture of what is there.
 
     python -m tests.benchmarks.map_quality --out out
 
@@ -53,11 +54,10 @@ def main(arguments: list[str] | None = None) -> None:
             cape[seed] = tuple(rest)
         else:
             similarity.setdefault(kind, {})[seed] = tuple(rest)
-        if similarity:
-            found = (similarity, cape, time.perf_counter() - started)
-            options.out.mkdir(parents=True, exist_ok=True)
-            joblib.dump(found, options.out / VALUES)
-            _write(options, *found)
+        found = (similarity, cape, time.perf_counter() - started)
+        options.out.mkdir(parents=True, exist_ok=True)
+        joblib.dump(found, options.out / VALUES)
+    _write(options, *found)
     print(f"wrote {options.out / 'map_quality.md'} and {options.out / 'map_quality.png'}")
 
 
@@ -65,8 +65,8 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("out"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--mosaics", type=int, default=40, help="a network")
-    parser.add_argument("--singles", type=int, default=40, help="single images a network")
+    parser.add_argument("--mosaics", type=int, default=60, help="a network")
+    parser.add_argument("--singles", type=int, default=60, help="single images a network")
     parser.add_argument("--steps", type=int, default=10, help="of deletion and insertion")
     parser.add_argument("--randomised", type=int, default=10, help="mosaics for randomisation")
     parser.add_argument("--timed", type=int, default=5, help="mosaics timed one by one")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from scipy.stats import bootstrap
@@ -27,7 +28,13 @@ class Estimate:
 def estimate(values: np.ndarray, *, median: bool = False, resamples: int = 2000) -> Estimate:
     """Bootstrap a mean over images, leaving out images on which the value is undefined (NaN)."""
     values = np.asarray(values, dtype=float)
-    values = values[np.isfinite(values)]
+    return _estimate(values[np.isfinite(values)].tobytes(), median, resamples)
+
+
+# Tables, verdict and picture ask for the same columns again and again.
+@cache
+def _estimate(given: bytes, median: bool, resamples: int) -> Estimate:
+    values = np.frombuffer(given)
     if len(values) == 0:
         return Estimate(np.nan, np.nan, np.nan, 0)
     statistic = np.median if median else np.mean

@@ -220,7 +220,7 @@ def folder_problem(
         name=f"{arch} on {Path(folder).name}",
         seed=seed,
         encoder=network,
-        layer=last_map(network, images[:1]),
+        layer=last_map(network, queries[0][None]),
         similarity=similarity,
         facts="",
         supports=images,
