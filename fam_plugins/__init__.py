@@ -9,7 +9,8 @@
   :class:`fam_plugins.captum.LayerCape` and :class:`fam_plugins.grad_cam.CAPE` are CAPE's.
 * :func:`tokens_to_map`, :func:`channels_last_to_map` and :func:`infer_transform` lay out what
   transformers give as a map, for both tools.
-* :mod:`fam_plugins.plots` draws pairs, episodes and ranked lists.
+* :mod:`fam_plugins.plots` draws pairs, episodes and ranked lists;
+  :mod:`fam_plugins.harness` fits explanations into evaluation harnesses.
 
 The two tools load on first use of their adapter; importing this package loads neither.
 """
@@ -20,7 +21,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fam_plugins import cape, captum, grad_cam, plots
+    from fam_plugins import cape, captum, grad_cam, harness, plots
     from fam_plugins.average import gallery_mean
     from fam_plugins.captum import LayerCape, LayerFam
     from fam_plugins.grad_cam import CAPE, FAM, SimilarityTarget
@@ -45,6 +46,7 @@ __all__ = [
     "frozen_scores",
     "gallery_mean",
     "grad_cam",
+    "harness",
     "infer_transform",
     "plots",
     "prototypes",
@@ -73,7 +75,7 @@ _HOME = {
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-    if name in ("cape", "captum", "grad_cam", "plots"):
+    if name in ("cape", "captum", "grad_cam", "harness", "plots"):
         return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
