@@ -66,8 +66,13 @@ class Overlay:
         figure.colorbar(self._drawn, ax=axes, label=label, shrink=0.8)
 
 
-def new_figure(rows: int, columns: int) -> tuple[Figure, np.ndarray]:
+def new_figure(rows: int, columns: int, images: Sequence[np.ndarray]) -> tuple[Figure, np.ndarray]:
     """Make a figure and its grid of axes, without pyplot, which would keep it alive.
+
+    Args:
+        rows: Rows of axes.
+        columns: Columns of axes.
+        images: What will be drawn, ``[H, W, 3]``: rows are as high as the tallest needs.
 
     Raises:
         ImportError: If matplotlib is not installed.
@@ -76,7 +81,9 @@ def new_figure(rows: int, columns: int) -> tuple[Figure, np.ndarray]:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("plots need matplotlib: pip install matplotlib") from error
-    figure = Figure(figsize=(2.0 * columns + 1.2, 2.2 * rows + 0.4), layout="constrained")
+    aspect = max(image.shape[0] / image.shape[1] for image in images)
+    size = (2.0 * columns + 1.2, (2.0 * aspect + 0.3) * rows + 0.6)
+    figure = Figure(figsize=size, layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 

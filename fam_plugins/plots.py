@@ -69,7 +69,7 @@ def plot_pair(
     if len(titles) != 2:
         raise ValueError(f"titles are {titles!r}: pass two, one an image")
     number = None if score is None else float(as_scores(score, ()))
-    figure, axes = new_figure(2, 2)
+    figure, axes = new_figure(2, 2, images)
     overlay = Overlay(maps)
     for column in range(2):
         show_image(axes[0, column], images[column], titles[column])
@@ -123,7 +123,7 @@ def plot_episode(
         raise ValueError(
             f"there are {len(names)} labels for {len(tops)} references: give one label each"
         )
-    figure, axes = new_figure(len(rows) + 1, len(tops) + 1)
+    figure, axes = new_figure(len(rows) + 1, len(tops) + 1, [*rows, *tops])
     overlay = Overlay([drawn])
     show_image(axes[0, 0], None)
     for j, top in enumerate(tops):
@@ -177,7 +177,7 @@ def plot_retrieval(
     ours = as_maps(query_maps, (len(found),), "query_maps")
     theirs = as_maps(hit_maps, (len(found),), "hit_maps")
     numbers = as_scores(scores, (len(found),))
-    figure, axes = new_figure(3, len(found) + 1)
+    figure, axes = new_figure(3, len(found) + 1, [asked, *found])
     overlay = Overlay([ours, theirs])
     show_image(axes[0, 0], asked, "query")
     for row, name in ((1, "in the query"), (2, "in the hit")):
