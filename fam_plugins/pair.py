@@ -13,9 +13,11 @@ from fam_plugins import references
 from fam_plugins.distances import as_similarity
 from fam_plugins.eval_mode import eval_mode
 from fam_plugins.layer_pass import LayerPass, find_layer
+from fam_plugins.layout import Transform, check_transform, transform_for
 from fam_plugins.rule_pass import RulePass
 from fam_plugins.rules import Rule, find_rule
 from fam_plugins.similarity import Similarity, check_embeddings, score
+from fam_plugins.transforms import refuse_unreached
 
 __all__ = ["PairExplanation", "explain_pair"]
 
@@ -58,6 +60,7 @@ def explain_pair(
     contrast: Tensor | None = None,
     difference: bool = False,
     embed: Literal["model", "pooled"] = "model",
+    activation_transform: Transform | str | None = None,
 ) -> PairExplanation:
     """Explain the similarity of two images in both of them, from one forward pass of each.
 
@@ -83,6 +86,8 @@ def explain_pair(
         embed: ``"model"``: the embedding is what the encoder returns. ``"pooled"``: it is the mean
             of the layer's map over its regions, whatever head follows: what contrastive models
             are evaluated on.
+        activation_transform: Rearranges what the layer gives into ``[B, C, h, w]``, for tokens and
+            channels-last layers; ``"auto"`` infers it, as in :class:`~fam_plugins.LayerFam`.
 
     Returns:
         The maps and scores, in the dtype of the encoder.
@@ -106,13 +111,17 @@ def explain_pair(
     how = as_similarity(similarity)
     if embed not in ("model", "pooled"):
         raise ValueError(f'embed must be "model" or "pooled", not {embed!r}')
+    check_transform(activation_transform, "activation_transform")
     _check_batches(a, b)
     module, name = find_layer(encoder, layer)
     against = None
     if contrast is not None:
-        against = _embed_contrast(encoder, module, name, contrast, embed == "pooled")
+        against = _embed_contrast(
+            encoder, module, name, contrast, embed == "pooled", activation_transform
+        )
     one, two = (
-        _Side(encoder, module, name, images, chosen, pooled=embed == "pooled") for images in (a, b)
+        _Side(encoder, module, name, images, chosen, activation_transform, pooled=embed == "pooled")
+        for images in (a, b)
     )
     check_embeddings(one.embedding.detach(), width=two.point.shape[1], what="embedding of a")
     with torch.no_grad():
@@ -148,6 +157,7 @@ class _Side:
         name: str,
         images: Tensor,
         rule: Rule,
+        transform: Transform | str | None,
         *,
         pooled: bool,
     ) -> None:
@@ -161,12 +171,13 @@ class _Side:
                 f"layer {name!r} gives {shapes} for {len(images)} images: choose a layer whose "
                 "output is one map [B, C, h, w]"
             )
-        self._activation = given[0]
+        self._given, self._name = given[0], name
+        self._transform = _resolve(transform, encoder, layer, name, given[0], images)
         self._leaf: Tensor | None = None
         if pooled:
             with torch.inference_mode(False), torch.enable_grad():
-                self._leaf = self._activation.clone().requires_grad_()
-                self.embedding = _pool(self._leaf)
+                self._leaf = self._given.clone().requires_grad_()
+                self.embedding = _pool(_as_map(self._leaf, self._transform))
         self.point = self.embedding.detach()
 
     def explain(self, of: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor | None]:
@@ -175,7 +186,10 @@ class _Side:
             ((gradient,),) = self._pass.gradients(lambda: of(self.embedding), retain_graph=True)
         else:
             gradient = self._differentiate(of, self.embedding, self._leaf)
-        found = self._rule.map(self._activation, gradient).contiguous()
+        shares = _as_map(gradient, self._transform)
+        if self._transform is not None:
+            refuse_unreached(gradient, shares, self._name)
+        found = self._rule.map(_as_map(self._given, self._transform), shares).contiguous()
         if not self._rule.adds_up:
             return found, None
         with torch.inference_mode(False):
@@ -223,14 +237,47 @@ def _apart(how: Similarity, own: Tensor, others: Tensor) -> Callable[[Tensor], T
 
 
 def _embed_contrast(
-    encoder: nn.Module, layer: nn.Module, name: str, contrast: Tensor, pooled: bool
+    encoder: nn.Module,
+    layer: nn.Module,
+    name: str,
+    contrast: Tensor,
+    pooled: bool,
+    transform: Transform | str | None,
 ) -> Tensor:
     if not pooled or (isinstance(contrast, Tensor) and contrast.dim() < 3):
         return references.embed_once(encoder, contrast, "contrast", 32)
     one = LayerPass([layer], [name], differentiate=False)
     with eval_mode(encoder):
         one.run(lambda: encoder(contrast))
-    return _pool(one.activations[0][0])
+    given = one.activations[0][0]
+    return _pool(_as_map(given, _resolve(transform, encoder, layer, name, given, contrast)))
+
+
+def _resolve(
+    transform: Transform | str | None,
+    encoder: nn.Module,
+    layer: nn.Module,
+    name: str,
+    given: Tensor,
+    images: Tensor,
+) -> Transform | None:
+    """The transform itself, where ``"auto"`` leaves it to the shapes of the pass."""
+    if isinstance(transform, str):
+        return transform_for(encoder, layer, name, given.shape, images.shape)
+    return transform
+
+
+def _as_map(given: Tensor, transform: Transform | None) -> Tensor:
+    if transform is None:
+        return given
+    result = transform(given)
+    if not isinstance(result, Tensor) or result.dim() < 3 or len(result) != len(given):
+        shape = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
+        raise ValueError(
+            f"activation_transform gives {shape}, not [{len(given)}, C, h, w]: it must keep the "
+            "batch first and put the channels second"
+        )
+    return result
 
 
 def _check_batches(a: Tensor, b: Tensor) -> None:

@@ -170,3 +170,35 @@ def test_a_layer_behind_the_pooling_of_the_wrong_shape_is_refused():
     net.head = nn.Sequential(nn.Unflatten(0, (1, 3)), nn.Flatten(0, 1))
     with pytest.raises(ValueError, match=r"choose a layer whose output is one map"):
         explain_pair(net, net.head[0], A, B)
+
+
+class TestTransform:
+    """An encoder that hands its map on with the channels last, as Swin does."""
+
+    class ChannelsLast(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.conv, self.last = nn.Conv2d(3, 6, 3, padding=1), nn.Identity()
+
+        def forward(self, x):
+            return self.last(self.conv(x).permute(0, 2, 3, 1)).mean(dim=(1, 2))
+
+    @pytest.mark.parametrize("embed", ["model", "pooled"])
+    @pytest.mark.parametrize("transform", ["auto", lambda t: t.permute(0, 3, 1, 2)])
+    def test_gives_the_map_that_it_was_made_of(self, embed, transform):
+        net = self.ChannelsLast().eval()
+        a, b = torch.randn(2, 2, 3, 7, 9).unbind()
+        options = {"difference": True, "embed": embed, "contrast": torch.ones(1, 6)}
+        ours = explain_pair(net, "last", a, b, activation_transform=transform, **options)
+        expected = explain_pair(net, "conv", a, b, **options)
+        for name in ("map_a", "map_b", "score", "difference_a", "difference_b"):
+            torch.testing.assert_close(getattr(ours, name), getattr(expected, name))
+
+    def test_a_wrong_shape_is_refused(self):
+        net = self.ChannelsLast().eval()
+        a, b = torch.randn(2, 2, 3, 7, 9).unbind()
+        with pytest.raises(ValueError, match="keep the batch first"):
+            explain_pair(net, "last", a, b, activation_transform=torch.flatten)
+        with pytest.raises(ValueError, match='must be "auto"'):
+            explain_pair(net, "last", a, b, activation_transform="tokens")
