@@ -12,6 +12,7 @@ the first is exact and the second, through the head's ReLU, first order. Writes 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 import digits as digits_data
@@ -23,14 +24,22 @@ from tqdm.auto import tqdm
 from fam_plugins import LayerFam, SimilarityModel
 from fam_plugins.plots import plot_pair
 
+Loss = Callable[[Tensor, Tensor], Tensor]
+
 
 class ContrastiveEncoder(nn.Module):
-    """A backbone with pooled features and a projection head of one hidden layer."""
+    """A backbone with pooled features and a projection head of one hidden layer.
 
-    def __init__(self) -> None:
+    Args:
+        projection: The head ``[B, 128]`` -> ``[B, 64]``; one of plain torch by default.
+    """
+
+    def __init__(self, projection: nn.Module | None = None) -> None:
         super().__init__()
         self.backbone = digits_data.Encoder(head=False)
-        self.projection = nn.Sequential(nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 64))
+        self.projection = projection or nn.Sequential(
+            nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 64)
+        )
 
     def forward(self, images: Tensor) -> Tensor:
         """Images ``[B, 1, H, W]`` -> projections ``[B, 64]``."""
@@ -66,19 +75,25 @@ def nt_xent(a: Tensor, b: Tensor, temperature: float = 0.2) -> Tensor:
 
 
 def train(
-    data: digits_data.Digits, *, steps: int, batch: int, seed: int, device: str
+    encoder: ContrastiveEncoder,
+    loss_function: Loss,
+    data: digits_data.Digits,
+    *,
+    steps: int,
+    batch: int,
+    seed: int,
+    device: str,
 ) -> ContrastiveEncoder:
     """Train backbone and projection head on two views an image; labels are never looked at."""
-    torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    encoder = ContrastiveEncoder().to(device)
+    encoder = encoder.to(device).train()
     optimiser = torch.optim.Adam(encoder.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 3e-3, total_steps=steps)
     bar = tqdm(range(steps), desc="contrastive training")
     for _ in bar:
         drawn = torch.randperm(len(data.train), generator=generator)[:batch]
         views = torch.cat([view(data.train[drawn], generator) for _ in range(2)]).to(device)
-        loss = nt_xent(*encoder(views).chunk(2))
+        loss = loss_function(*encoder(views).chunk(2))
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -124,7 +139,11 @@ def explain(
     return maps, deltas, score
 
 
-def main() -> None:
+def main(
+    make_encoder: Callable[[], ContrastiveEncoder] = ContrastiveEncoder,
+    loss_function: Loss = nt_xent,
+    name: str = "contrastive",
+) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the pictures")
     parser.add_argument("--seed", type=int, default=0)
@@ -136,18 +155,27 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
 
     data = digits_data.load(args.seed)
-    encoder = train(data, steps=args.steps, batch=args.batch, seed=args.seed, device=args.device)
+    torch.manual_seed(args.seed)
+    encoder = train(
+        make_encoder(),
+        loss_function,
+        data,
+        steps=args.steps,
+        batch=args.batch,
+        seed=args.seed,
+        device=args.device,
+    )
     named = {"pooled backbone features": encoder.backbone, "projection head": encoder}
     print("k-NN accuracy on held-out digits (k = 5, cosine; no label was used in training):")
-    for name, network in named.items():
-        print(f"  {name}: {knn_accuracy(network, data, args.device, seed=args.seed):.1%}")
+    for what, network in named.items():
+        print(f"  {what}: {knn_accuracy(network, data, args.device, seed=args.seed):.1%}")
 
     rows = (data.held_out_labels == args.digit).nonzero().flatten()[:2]
     fields = digits_data.place(data.held_out[rows], torch.Generator().manual_seed(args.seed))
     a, b = fields.to(args.device).split(1)
     gallery = digits_data.place(data.train[:500], torch.Generator().manual_seed(args.seed))
     print(f"\ntwo held-out digits, both a {args.digit}; contrast: 500 training digits")
-    for name, network in named.items():
+    for what, network in named.items():
         maps, deltas, score = explain(
             network, encoder.backbone.features, a, b, gallery.to(args.device)
         )
@@ -155,12 +183,12 @@ def main() -> None:
         kind = "exact" if worst < 1e-5 else "first order"
         total = maps[0].sum().item()
         print(
-            f"  {name}: score {score:.4f}, sum of the map {total:.4f}, convergence delta up to "
+            f"  {what}: score {score:.4f}, sum of the map {total:.4f}, convergence delta up to "
             f"{worst:.1e} ({kind})"
         )
         figure = plot_pair(a[0], b[0], *maps)
-        figure.suptitle(f"{name}: score {score:.3f}, {kind}", fontsize=10)
-        path = args.out / f"contrastive_{name.split()[0]}.png"
+        figure.suptitle(f"{what}: score {score:.3f}, {kind}", fontsize=10)
+        path = args.out / f"{name}_{what.split()[0]}.png"
         figure.savefig(path, dpi=110)
         print(f"  wrote {path}")
 
