@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fam_plugins.distances import as_similarity
 from fam_plugins.eval_mode import eval_mode
 from fam_plugins.place import place_of
+from fam_plugins.progress import with_progress
 from fam_plugins.references import embed
 from fam_plugins.similarity import Similarity, check_embeddings
 
@@ -59,7 +60,7 @@ def gallery_mean(
     count = 0
     like = torch.empty(0)
     with torch.inference_mode(False), torch.no_grad(), eval_mode(encoder):
-        for batch in _with_progress(loader):
+        for batch in with_progress(loader, "averaging the gallery"):
             images = _images(batch)
             like = embed(encoder, images.to(device=device, dtype=dtype or _floating(images.dtype)))
             check_embeddings(like, allow_zero=not scale_free, what="gallery embedding")
@@ -86,13 +87,3 @@ def _images(batch: Any) -> Tensor:
             "first entry is one; for others, (batch['image'] for batch in loader)"
         )
     return first
-
-
-def _with_progress(loader: Iterable[Any]) -> Iterable[Any]:
-    """A bar for work of more than two seconds. Both partners bring tqdm; without it, no bar."""
-    try:
-        from tqdm.auto import tqdm
-    except ImportError:
-        return loader
-    bar: Iterable[Any] = tqdm(loader, desc="averaging the gallery", delay=2, leave=False)
-    return bar

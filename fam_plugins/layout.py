@@ -11,7 +11,7 @@ from fam_plugins.eval_mode import eval_mode
 from fam_plugins.layer_pass import LayerPass, find_layer
 from fam_plugins.transforms import channels_last_to_map, suggest_grid, tokens_to_map
 
-__all__ = ["AUTO", "Transform", "check_transform", "infer_transform", "transform_for"]
+__all__ = ["AUTO", "Transform", "check_transform", "infer_transform", "lay_out", "transform_for"]
 
 Transform = Callable[[Tensor], Tensor]
 
@@ -111,6 +111,35 @@ def transform_for(
         f"{'either end' if first else 'neither end'} of it looks like a grid of regions, so it "
         f"cannot be told where the channels are: {_WAYS}"
     )
+
+
+def lay_out(given: Tensor, transform: Transform | None, batch: int, *, least: int = 2) -> Tensor:
+    """Apply an ``activation_transform`` and make sure that it gives a map.
+
+    Args:
+        given: What the layer gave, or its gradient.
+        transform: The transform; ``None`` leaves it as it is.
+        batch: The number of images.
+        least: How many dimensions the result must have at least.
+
+    Raises:
+        ValueError: If the transform gives something other than ``[batch, C, ...]``.
+
+    Example:
+        >>> import torch
+        >>> lay_out(torch.zeros(1, 7, 5, 3), channels_last_to_map, 1).shape
+        torch.Size([1, 3, 7, 5])
+    """
+    if transform is None:
+        return given
+    result = transform(given)
+    if not isinstance(result, Tensor) or result.dim() < least or len(result) != batch:
+        shape = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
+        raise ValueError(
+            f"activation_transform gives {shape}, not [{batch}, C, ...]: it must keep the batch "
+            "first and put the channels second"
+        )
+    return result
 
 
 def check_transform(transform: object, argument: str) -> None:

@@ -13,7 +13,7 @@ from fam_plugins import references
 from fam_plugins.distances import as_similarity
 from fam_plugins.eval_mode import eval_mode
 from fam_plugins.layer_pass import LayerPass, find_layer
-from fam_plugins.layout import Transform, check_transform, transform_for
+from fam_plugins.layout import Transform, check_transform, lay_out, transform_for
 from fam_plugins.rule_pass import RulePass
 from fam_plugins.rules import Rule, find_rule
 from fam_plugins.similarity import Similarity, check_embeddings, score
@@ -177,7 +177,7 @@ class _Side:
         if pooled:
             with torch.inference_mode(False), torch.enable_grad():
                 self._leaf = self._given.clone().requires_grad_()
-                self.embedding = _pool(_as_map(self._leaf, self._transform))
+                self.embedding = _pool(self._as_map(self._leaf))
         self.point = self.embedding.detach()
 
     def explain(self, of: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor | None]:
@@ -186,16 +186,19 @@ class _Side:
             ((gradient,),) = self._pass.gradients(lambda: of(self.embedding), retain_graph=True)
         else:
             gradient = self._differentiate(of, self.embedding, self._leaf)
-        shares = _as_map(gradient, self._transform)
+        shares = self._as_map(gradient)
         if self._transform is not None:
             refuse_unreached(gradient, shares, self._name)
-        found = self._rule.map(_as_map(self._given, self._transform), shares).contiguous()
+        found = self._rule.map(self._as_map(self._given), shares).contiguous()
         if not self._rule.adds_up:
             return found, None
         with torch.inference_mode(False):
             point = self.point.clone().requires_grad_()
             linear = (self._differentiate(of, point, point) * self.point).sum(dim=1)
         return found, found.flatten(1).sum(dim=1) - linear
+
+    def _as_map(self, given: Tensor) -> Tensor:
+        return lay_out(given, self._transform, len(given), least=3)
 
     def _differentiate(
         self, of: Callable[[Tensor], Tensor], embedding: Tensor, at: Tensor
@@ -250,7 +253,8 @@ def _embed_contrast(
     with eval_mode(encoder):
         one.run(lambda: encoder(contrast))
     given = one.activations[0][0]
-    return _pool(_as_map(given, _resolve(transform, encoder, layer, name, given, contrast)))
+    found = _resolve(transform, encoder, layer, name, given, contrast)
+    return _pool(lay_out(given, found, len(given), least=3))
 
 
 def _resolve(
@@ -265,19 +269,6 @@ def _resolve(
     if isinstance(transform, str):
         return transform_for(encoder, layer, name, given.shape, images.shape)
     return transform
-
-
-def _as_map(given: Tensor, transform: Transform | None) -> Tensor:
-    if transform is None:
-        return given
-    result = transform(given)
-    if not isinstance(result, Tensor) or result.dim() < 3 or len(result) != len(given):
-        shape = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
-        raise ValueError(
-            f"activation_transform gives {shape}, not [{len(given)}, C, h, w]: it must keep the "
-            "batch first and put the channels second"
-        )
-    return result
 
 
 def _check_batches(a: Tensor, b: Tensor) -> None:

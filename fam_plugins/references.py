@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fam_plugins.distances import as_similarity
 from fam_plugins.eval_mode import eval_mode
 from fam_plugins.place import place_of
+from fam_plugins.progress import with_progress
 from fam_plugins.similarity import Similarity, check_embeddings
 
 __all__ = ["embed", "embed_once", "prototypes", "unique_labels"]
@@ -156,7 +157,7 @@ def embed_once(
         with eval_mode(encoder):
             chunks = [
                 embed(encoder, chunk).clone()
-                for chunk in _with_progress(torch.split(given, chunk_size), f"embedding {what}")
+                for chunk in with_progress(torch.split(given, chunk_size), f"embedding {what}")
             ]
         embeddings = torch.cat(chunks)
     check_embeddings(embeddings, what=what)
@@ -185,13 +186,3 @@ def _floating(dtype: torch.dtype) -> torch.dtype:
 
 def _listed(labels: Sequence[Hashable] | Tensor) -> list[Any]:
     return labels.tolist() if hasattr(labels, "tolist") else list(labels)
-
-
-def _with_progress(chunks: Sequence[Tensor], description: str) -> Iterable[Tensor]:
-    """A bar for work of more than two seconds. Both partners bring tqdm; without it, no bar."""
-    try:
-        from tqdm.auto import tqdm
-    except ImportError:
-        return chunks
-    bar: Iterable[Tensor] = tqdm(chunks, desc=description, delay=2, leave=False)
-    return bar

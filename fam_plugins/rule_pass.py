@@ -53,9 +53,7 @@ class RulePass:
 
     def run(self, forward: Callable[[], T]) -> T:
         """Run the model once; errors as for :meth:`fam_plugins.layer_pass.LayerPass.run`."""
-        if not self._rule.frozen:
-            return self._pass.run(forward)
-        with frozen_scores(self._frozen):
+        with self.frozen():
             return self._pass.run(forward)
 
     @property
@@ -69,9 +67,7 @@ class RulePass:
         Warns:
             UserWarning: If the rule is ``fam`` and the score has a contrast set.
         """
-        if not self._rule.frozen:
-            return self._pass.gradients(score, **grad_kwargs)
-        with frozen_scores(self._frozen):
+        with self.frozen():
             found = self._pass.gradients(score, **grad_kwargs)
         self.warn_about_contrast(stacklevel=4)
         return found

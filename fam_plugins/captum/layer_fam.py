@@ -19,7 +19,7 @@ from fam_plugins.captum.many_references import (
 )
 from fam_plugins.finite import check_finite
 from fam_plugins.layer_pass import LayerTensors, find_layer
-from fam_plugins.layout import Transform, check_transform, transform_for
+from fam_plugins.layout import Transform, check_transform, lay_out, transform_for
 from fam_plugins.rule_pass import RulePass
 from fam_plugins.rules import Rule, find_rule
 from fam_plugins.transforms import refuse_unreached
@@ -283,17 +283,9 @@ class LayerFam(LayerAttribution):
 
 
 def _as_map(tensor: Tensor, transform: Transform | None, batch: int) -> Tensor:
-    if transform is not None:
-        tensor = transform(tensor)
-        if not isinstance(tensor, Tensor) or tensor.dim() < 2 or len(tensor) != batch:
-            shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise ValueError(
-                f"activation_transform gives {shape}, not [{batch}, C, ...]: it must keep the "
-                "batch first and put the channels second"
-            )
-    elif tensor.dim() < 2:
+    if transform is None and tensor.dim() < 2:
         raise ValueError(f"the layer gives shape {tuple(tensor.shape)}: a map needs [B, C, ...]")
-    return tensor
+    return lay_out(tensor, transform, batch)
 
 
 def _check_adds_up(rule: Rule) -> None:
