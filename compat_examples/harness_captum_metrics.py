@@ -9,7 +9,7 @@ import harness_models
 import torch
 from captum.metrics import infidelity, sensitivity_max
 
-from fam_plugins.harness import as_explanation
+from fam_plugins.interop.harnesses import as_explanation
 
 
 def perturb(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,7 +12,7 @@ from pytorch_grad_cam.metrics.cam_mult_image import DropInConfidence, IncreaseIn
 from pytorch_grad_cam.metrics.road import ROADCombined
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputSoftmaxTarget
 
-from fam_plugins.harness import as_cams
+from fam_plugins.interop.harnesses import as_cams
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from fam_plugins.harness import explain_func, quantus_problems
+from fam_plugins.interop.harnesses import explain_func, quantus_problems
 
 try:
     import quantus

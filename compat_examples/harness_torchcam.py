@@ -11,7 +11,7 @@ from functools import partial
 import harness_models
 import torch
 
-from fam_plugins.harness import TorchcamExtractor
+from fam_plugins.interop.harnesses import TorchcamExtractor
 
 try:
     from torchcam.metrics import ClassificationMetric, DeletionInsertionMetric

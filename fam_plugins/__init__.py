@@ -10,7 +10,7 @@
 * :func:`tokens_to_map`, :func:`channels_last_to_map` and :func:`infer_transform` lay out what
   transformers give as a map, for both tools.
 * :mod:`fam_plugins.plots` draws pairs, episodes and ranked lists;
-  :mod:`fam_plugins.harness` fits explanations into evaluation harnesses.
+  :mod:`fam_plugins.interop.harnesses` fits explanations into evaluation harnesses.
 
 The two tools load on first use of their adapter; importing this package loads neither.
 """
@@ -21,16 +21,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fam_plugins import cape, captum, grad_cam, harness, plots
-    from fam_plugins.average import gallery_mean
+    from fam_plugins import cape, captum, grad_cam, interop, plots
     from fam_plugins.captum import LayerCape, LayerFam
+    from fam_plugins.core.references import gallery_mean, prototypes
+    from fam_plugins.core.similarity import frozen_scores
+    from fam_plugins.core.similarity_model import SimilarityModel
+    from fam_plugins.core.transforms import channels_last_to_map, infer_transform, tokens_to_map
     from fam_plugins.grad_cam import CAPE, FAM, SimilarityTarget
-    from fam_plugins.layout import infer_transform
     from fam_plugins.pair import explain_pair
-    from fam_plugins.references import prototypes
-    from fam_plugins.similarity import frozen_scores
-    from fam_plugins.similarity_model import SimilarityModel
-    from fam_plugins.transforms import channels_last_to_map, tokens_to_map
 
 __all__ = [
     "CAPE",
@@ -46,8 +44,8 @@ __all__ = [
     "frozen_scores",
     "gallery_mean",
     "grad_cam",
-    "harness",
     "infer_transform",
+    "interop",
     "plots",
     "prototypes",
     "tokens_to_map",
@@ -60,22 +58,22 @@ _HOME = {
     "FAM": "grad_cam",
     "LayerCape": "captum",
     "LayerFam": "captum",
-    "SimilarityModel": "similarity_model",
+    "SimilarityModel": "core.similarity_model",
     "SimilarityTarget": "grad_cam",
-    "channels_last_to_map": "transforms",
+    "channels_last_to_map": "core.transforms",
     "explain_pair": "pair",
-    "frozen_scores": "similarity",
-    "gallery_mean": "average",
-    "infer_transform": "layout",
-    "prototypes": "references",
-    "tokens_to_map": "transforms",
+    "frozen_scores": "core.similarity",
+    "gallery_mean": "core.references",
+    "infer_transform": "core.transforms",
+    "prototypes": "core.references",
+    "tokens_to_map": "core.transforms",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-    if name in ("cape", "captum", "grad_cam", "harness", "plots"):
+    if name in ("cape", "captum", "grad_cam", "interop", "plots"):
         return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -9,15 +9,19 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fam_plugins import references
-from fam_plugins.distances import as_similarity
-from fam_plugins.eval_mode import eval_mode
-from fam_plugins.layer_pass import LayerPass, find_layer
-from fam_plugins.layout import Transform, check_transform, lay_out, transform_for
-from fam_plugins.rule_pass import RulePass
-from fam_plugins.rules import Rule, find_rule
-from fam_plugins.similarity import Similarity, check_embeddings, score
-from fam_plugins.transforms import refuse_unreached
+from fam_plugins.core import references
+from fam_plugins.core.eval_mode import eval_mode
+from fam_plugins.core.layer_pass import LayerPass, find_layer
+from fam_plugins.core.maps import RulePass
+from fam_plugins.core.rules import Rule, find_rule
+from fam_plugins.core.similarity import Similarity, as_similarity, check_embeddings, score
+from fam_plugins.core.transforms import (
+    Transform,
+    check_transform,
+    lay_out,
+    refuse_unreached,
+    transform_for,
+)
 
 __all__ = ["PairExplanation", "explain_pair"]
 

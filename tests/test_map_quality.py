@@ -12,7 +12,7 @@ from scipy.stats import spearmanr
 from torch import nn
 
 from fam_plugins import prototypes
-from fam_plugins.similarity import score
+from fam_plugins.core.similarity import score
 from tests.benchmarks import map_quality
 from tests.benchmarks.quality import cape_metrics, verdict
 from tests.benchmarks.quality import similarity_metrics as metrics

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fam_plugins import LayerFam, SimilarityModel, explain_pair
-from fam_plugins.rules import RULES
+from fam_plugins.core.rules import RULES
 from tests.networks import State, TinyNet, encoder
 
 A = torch.randn(3, 3, 8, 10, generator=torch.Generator().manual_seed(0))

@@ -5,10 +5,10 @@ Interpretation", CVPR 2024 (arXiv:2404.02388).
 """
 
 from fam_plugins.cape.calibrate import Calibration, calibrate_temperature
-from fam_plugins.cape.convert import CapeModel, with_cape_head
 from fam_plugins.cape.fit import FitHistory, fit_cape_head
 from fam_plugins.cape.head import CapeHead
 from fam_plugins.cape.loss import cape_loss
+from fam_plugins.cape.model import CapeModel, with_cape_head
 from fam_plugins.cape.released import (
     head_state_from_release,
     head_state_to_release,

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fam_plugins.cape.batches import checked_batches, computed_features
-from fam_plugins.cape.convert import CapeModel
 from fam_plugins.cape.head import CapeHead
-from fam_plugins.eval_mode import eval_mode
+from fam_plugins.cape.model import CapeModel
+from fam_plugins.core.eval_mode import eval_mode
 
 __all__ = ["Calibration", "calibrate_temperature"]
 

@@ -14,12 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fam_plugins.cape.batches import checked_batches, computed_features, refuse_one_shot
+from fam_plugins.cape.batches import (
+    FeatureCache,
+    checked_batches,
+    computed_features,
+    refuse_one_shot,
+)
 from fam_plugins.cape.checkpoint import fingerprint, load_progress, prepare_path, save_progress
-from fam_plugins.cape.convert import CapeModel
-from fam_plugins.cape.feature_cache import FeatureCache
 from fam_plugins.cape.loss import cape_loss
-from fam_plugins.eval_mode import eval_mode
+from fam_plugins.cape.model import CapeModel
+from fam_plugins.core.eval_mode import eval_mode
 
 __all__ = ["FitHistory", "fit_cape_head"]
 

@@ -10,10 +10,10 @@ from captum.attr import LayerAttribution
 from captum.log import log_usage
 from torch import Tensor, nn
 
-from fam_plugins.cape.find_head import find_head
-from fam_plugins.captum._internals import TensorOrTensors, batch_size, run_forward, select_scores
-from fam_plugins.finite import check_finite
-from fam_plugins.layer_pass import LayerPass
+from fam_plugins.cape.model import find_head
+from fam_plugins.captum.targets import TensorOrTensors, batch_size, run_forward, select_scores
+from fam_plugins.core.layer_pass import LayerPass
+from fam_plugins.core.maps import check_finite
 
 __all__ = ["LayerCape"]
 

@@ -10,19 +10,23 @@ from captum.attr import LayerAttribution
 from captum.log import log_usage
 from torch import Tensor, nn
 
-from fam_plugins.captum._internals import TensorOrTensors, batch_size, run_forward, select_scores
-from fam_plugins.captum.many_references import (
+from fam_plugins.captum.targets import TensorOrTensors, batch_size, run_forward, select_scores
+from fam_plugins.core.layer_pass import LayerTensors, find_layer
+from fam_plugins.core.many import (
     ModelScores,
     as_column,
     check_indices,
     map_references,
 )
-from fam_plugins.finite import check_finite
-from fam_plugins.layer_pass import LayerTensors, find_layer
-from fam_plugins.layout import Transform, check_transform, lay_out, transform_for
-from fam_plugins.rule_pass import RulePass
-from fam_plugins.rules import Rule, find_rule
-from fam_plugins.transforms import refuse_unreached
+from fam_plugins.core.maps import RulePass, check_finite
+from fam_plugins.core.rules import Rule, find_rule
+from fam_plugins.core.transforms import (
+    Transform,
+    check_transform,
+    lay_out,
+    refuse_unreached,
+    transform_for,
+)
 
 __all__ = ["LayerFam"]
 

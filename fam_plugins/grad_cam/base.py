@@ -12,9 +12,8 @@ from pytorch_grad_cam.utils.image import scale_cam_image
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import Tensor, nn
 
-from fam_plugins.eval_mode import eval_mode
-from fam_plugins.finite import check_finite
-from fam_plugins.place import place_of
+from fam_plugins.core.eval_mode import eval_mode, place_of
+from fam_plugins.core.maps import check_finite
 
 __all__ = ["OnePassCAM", "Target", "to_numpy"]
 

@@ -10,9 +10,9 @@ import torch
 from pytorch_grad_cam.utils.model_targets import BinaryClassifierOutputTarget
 from torch import Tensor, nn
 
-from fam_plugins.cape.find_head import find_head
+from fam_plugins.cape.model import find_head
+from fam_plugins.core.layer_pass import LayerPass
 from fam_plugins.grad_cam.base import OnePassCAM, Target, to_numpy
-from fam_plugins.layer_pass import LayerPass
 
 __all__ = ["CAPE"]
 

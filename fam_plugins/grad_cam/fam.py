@@ -10,12 +10,11 @@ import torch
 from pytorch_grad_cam.utils.svd_on_activations import get_2d_projection
 from torch import Tensor, nn
 
+from fam_plugins.core.layer_pass import LayerTensors, find_layer
+from fam_plugins.core.maps import RulePass
+from fam_plugins.core.rules import find_rule
+from fam_plugins.core.transforms import check_transform, refuse_unreached, transform_for
 from fam_plugins.grad_cam.base import OnePassCAM, Target, to_numpy
-from fam_plugins.layer_pass import LayerTensors, find_layer
-from fam_plugins.layout import check_transform, transform_for
-from fam_plugins.rule_pass import RulePass
-from fam_plugins.rules import find_rule
-from fam_plugins.transforms import refuse_unreached
 
 __all__ = ["FAM"]
 

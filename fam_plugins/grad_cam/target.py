@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fam_plugins.similarity import check_embeddings, find_similarity, score
+from fam_plugins.core.similarity import check_embeddings, find_similarity, score
 
 __all__ = ["SimilarityTarget"]
 

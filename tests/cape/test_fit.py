@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fam_plugins.cape import CapeHead, CapeModel, cape_loss, fit_cape_head, with_cape_head
-from fam_plugins.cape.feature_cache import FeatureCache
+from fam_plugins.cape.batches import FeatureCache
 
 from .conftest import small_network
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fam_plugins import CAPE, FAM, LayerCape, LayerFam, SimilarityModel
 from fam_plugins.cape import CapeModel, with_cape_head
-from fam_plugins.rules import RULES
+from fam_plugins.core.rules import RULES
 from tests.networks import classifier, encoder
 
 

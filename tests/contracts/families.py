@@ -17,7 +17,7 @@ from torch import nn
 from torchvision import models
 
 from fam_plugins import channels_last_to_map, tokens_to_map
-from fam_plugins.layout import Transform
+from fam_plugins.core.transforms import Transform
 from tests.contracts.few_shot_networks import Conv4, ResNet12
 
 EXACT = "exact"

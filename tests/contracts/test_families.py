@@ -13,7 +13,7 @@ from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import Tensor
 
 from fam_plugins import FAM, LayerFam, SimilarityModel, infer_transform
-from fam_plugins.transforms import tokens_to_map
+from fam_plugins.core.transforms import tokens_to_map
 from tests.contracts.families import EXACT, FAMILIES, FIRST_ORDER, REFUSED, SIZE, encoder_of
 from tests.networks import State
 

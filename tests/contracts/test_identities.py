@@ -13,7 +13,7 @@ from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import nn
 
 from fam_plugins import FAM, LayerFam, SimilarityModel, prototypes
-from fam_plugins.similarity import frozen_scores, score
+from fam_plugins.core.similarity import frozen_scores, score
 from tests.contracts.explainers import fam, layer_fam
 from tests.networks import classifier, encoder, pooled
 

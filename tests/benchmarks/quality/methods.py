@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fam_plugins import LayerFam, SimilarityModel, SimilarityTarget
-from fam_plugins.layer_pass import LayerPass
+from fam_plugins.core.layer_pass import LayerPass
 from tests.benchmarks.quality.path_rule import path_map
 from tests.benchmarks.quality.problems import Problem
 

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fam_plugins.layer_pass import LayerPass
-from fam_plugins.rules import additive
+from fam_plugins.core.layer_pass import LayerPass
+from fam_plugins.core.rules import additive
 
 Score = Callable[[Tensor], Tensor]
 

@@ -11,8 +11,8 @@ import torchvision
 from torch import Tensor, nn
 
 from fam_plugins import prototypes
-from fam_plugins.references import embed_once
-from fam_plugins.similarity import Contrast, find_similarity, score
+from fam_plugins.core.references import embed_once
+from fam_plugins.core.similarity import Contrast, find_similarity, score
 
 # The examples are scripts, not a package: they find each other by their folder.
 sys.path.insert(0, str(Path(__file__).parents[3] / "compat_examples"))

@@ -1,0 +1,1 @@
+"""From a model and a score to a map; knows neither Captum nor pytorch-grad-cam."""

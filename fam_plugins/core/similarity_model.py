@@ -1,0 +1,286 @@
+"""An encoder and its references as a model whose classes are the references."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fam_plugins.core.gallery import Gallery, is_on_disk
+from fam_plugins.core.references import embed, embed_once, prototypes, unique_labels
+from fam_plugins.core.similarity import (
+    Contrast,
+    Similarity,
+    as_similarity,
+    check_embeddings,
+    score,
+    subtract_others,
+)
+from fam_plugins.interop.easyfsl import read_easyfsl
+
+__all__ = ["SimilarityModel"]
+
+
+class SimilarityModel(nn.Module):
+    """Images -> how alike each is to every reference, so that classifier tools work on encoders.
+
+    Output ``j`` is the similarity to reference ``j``, larger meaning more alike. A tool that
+    explains "class ``j``" then explains "how alike is this query to reference ``j``", and the
+    predicted class is the nearest reference.
+
+    The references are kept, detached, in a buffer: ``.to()``, ``.double()``, ``state_dict`` and
+    ``copy.deepcopy`` carry them.
+
+    Args:
+        encoder: Images ``[B, ...]`` -> embeddings ``[B, D]``. It is used, not copied.
+        references: Embeddings ``[N, D]``, or images ``[N, C, H, W]``, which are embedded once, in
+            eval mode, without gradient. A memory-mapped array (``np.load(..., mmap_mode="r")``)
+            of any size stays on disk: scoring reads it in parts, explaining chosen references
+            reads only their rows, and ``state_dict`` does not carry it.
+        similarity: ``"cosine"``, ``"dot"``, ``"euclidean"`` (negative squared distance), a distance
+            of pytorch-metric-learning, or a function ``f(embeddings, references) -> [B, N]`` of
+            your own. A function is explained through its true gradient: its maps are first-order
+            statements and need not add up (:func:`~fam_plugins.core.similarity.as_similarity`).
+        contrast: What to subtract, for "why this one rather than those": embeddings ``[M, D]``,
+            images, or ``"others"`` for every other reference. The score of a reference becomes
+            its similarity minus the mean similarity to the contrast.
+        chunk_size: Images per forward pass when references or contrast are images.
+
+    Attributes:
+        encoder: The encoder.
+        references: ``[N, D]``, a tensor or, for a memory-mapped array, a
+            :class:`~fam_plugins.core.gallery.Gallery`.
+        similarity: The name of the similarity.
+        labels: The label of each row after :meth:`from_support`, otherwise ``None``.
+
+    Raises:
+        TypeError: If the encoder is no module or returns no tensor, or references no tensor.
+        ValueError: On an unknown similarity, references that are empty, one-dimensional, not
+            finite, zero (cosine) or of another width than the contrast.
+
+    Example:
+        >>> import torch
+        >>> encoder = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        >>> model = SimilarityModel(encoder, torch.eye(3))
+        >>> model(torch.ones(2, 3, 4, 4)).shape
+        torch.Size([2, 3])
+    """
+
+    references: Tensor | Gallery
+    contrast_embeddings: Tensor | None
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        references: Tensor,
+        *,
+        similarity: str | Similarity | Callable[..., Tensor] = "cosine",
+        contrast: Contrast = None,
+        chunk_size: int = 32,
+    ) -> None:
+        super().__init__()
+        if not isinstance(encoder, nn.Module):
+            raise TypeError(
+                f"encoder must be a torch.nn.Module, not {type(encoder).__name__}: wrap a function "
+                "in a module whose forward calls it"
+            )
+        chosen = as_similarity(similarity)
+        scale_free = chosen.scale_free
+        if isinstance(contrast, str) and contrast != "others":
+            raise ValueError(f'contrast must be "others", embeddings or images, not {contrast!r}')
+        rows: Tensor | Gallery
+        if is_on_disk(references):
+            if not chosen.by_reference:
+                raise ValueError(
+                    "a memory-mapped gallery is scored in parts, which a function of your own may "
+                    "not allow: choose a named similarity or a distance of pytorch-metric-learning"
+                )
+            rows = Gallery(references, allow_zero=not scale_free)
+        else:
+            rows = embed_once(encoder, references, "references", chunk_size)
+            check_embeddings(rows, allow_zero=not scale_free, what="reference")
+        against = None
+        if isinstance(contrast, str):
+            if len(rows) < 2:
+                raise ValueError(
+                    'contrast="others" needs at least 2 references and there is 1: pass '
+                    "embeddings or images as contrast instead"
+                )
+        elif contrast is not None:
+            against = embed_once(encoder, contrast, "contrast", chunk_size)
+            check_embeddings(
+                against, width=rows.shape[1], allow_zero=not scale_free, what="contrast"
+            )
+        self.encoder = encoder
+        self.similarity = chosen.name
+        self._similarity = chosen
+        self.labels: tuple[Any, ...] | None = None
+        self._others = isinstance(contrast, str)
+        if isinstance(rows, Gallery):
+            self.references = rows
+        else:
+            self.register_buffer("references", rows)
+        self.register_buffer("contrast_embeddings", against)
+        # A new module starts in training mode; the encoder may well not be in it.
+        self.training = encoder.training
+
+    @classmethod
+    def from_support(
+        cls,
+        encoder: nn.Module,
+        images: Tensor,
+        labels: Sequence[Hashable] | Tensor,
+        *,
+        similarity: str | Similarity | Callable[..., Tensor] = "cosine",
+        contrast: Contrast = None,
+        chunk_size: int = 32,
+    ) -> SimilarityModel:
+        """Build a few-shot classifier: one reference a class, averaged over its supports.
+
+        Args:
+            encoder: Images ``[B, ...]`` -> embeddings ``[B, D]``.
+            images: Support images ``[S, C, H, W]``, or their embeddings ``[S, D]``.
+            labels: One label each; any hashable values. :attr:`labels` remembers them by row.
+            similarity: As for the class; decides how supports are averaged
+                (:func:`~fam_plugins.prototypes`).
+            contrast: As for the class.
+            chunk_size: Images per forward pass.
+
+        Raises:
+            ValueError: If there are more or fewer labels than images, and as for the class.
+
+        Example:
+            >>> import torch
+            >>> encoder = nn.Flatten()
+            >>> model = SimilarityModel.from_support(encoder, torch.eye(3), ["b", "a", "a"])
+            >>> model.labels, model.references.shape
+            (('a', 'b'), torch.Size([2, 3]))
+        """
+        as_similarity(similarity)
+        if len(labels) != len(images):
+            raise ValueError(
+                f"there are {len(images)} supports and {len(labels)} labels: give one label each"
+            )
+        supports = embed_once(encoder, images, "supports", chunk_size)
+        model = cls(
+            encoder,
+            prototypes(supports, labels, similarity),
+            similarity=similarity,
+            contrast=contrast,
+            chunk_size=chunk_size,
+        )
+        model.labels = tuple(unique_labels(labels))
+        return model
+
+    @classmethod
+    def from_easyfsl(cls, classifier: nn.Module, *, contrast: Contrast = None) -> SimilarityModel:
+        """Take over a few-shot classifier of easyfsl that has processed its support set.
+
+        Its scores are reproduced: the negative distance, not squared, of ``PrototypicalNetworks``,
+        the cosine of ``SimpleShot``, with centred and normalised features; found by letting it
+        score made-up features. The prototypes become a buffer, detached.
+
+        Args:
+            classifier: Such as ``PrototypicalNetworks(backbone)``. Its backbone is used, not
+                copied; later support sets do not reach the model.
+            contrast: As for the class; with ``None`` scores are those of the classifier.
+
+        Raises:
+            TypeError: If it is no classifier of this kind.
+            ValueError: If it has no support set yet, or its scores cannot be reproduced exactly:
+                softmax, transductive methods, attention over the support set.
+
+        Example:
+            >>> import torch
+            >>> from easyfsl.methods import SimpleShot  # doctest: +SKIP
+            >>> classifier = SimpleShot(encoder)  # doctest: +SKIP
+            >>> classifier.process_support_set(images, labels)  # doctest: +SKIP
+            >>> model = SimilarityModel.from_easyfsl(classifier)  # doctest: +SKIP
+        """
+        encoder, rows, similarity = read_easyfsl(classifier)
+        model = cls(encoder, rows, similarity=similarity, contrast=contrast)
+        model.labels = tuple(range(len(rows)))
+        return model
+
+    @property
+    def contrast(self) -> Contrast:
+        """What is subtracted: embeddings ``[M, D]``, ``"others"``, or ``None``."""
+        return "others" if self._others else self.contrast_embeddings
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Embed images ``[B, ...]`` -> ``[B, D]``, with gradient, in the current mode.
+
+        Raises:
+            TypeError: If the encoder returns no tensor.
+            ValueError: If the batch is empty, or the encoder returns no ``[B, D]``.
+
+        Example:
+            >>> import torch
+            >>> SimilarityModel(nn.Flatten(), torch.eye(2)).embed(torch.ones(1, 2, 1)).shape
+            torch.Size([1, 2])
+        """
+        return embed(self.encoder, images)
+
+    def score(self, embeddings: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Score embeddings ``[B, D]`` against the references, or against some rows of them.
+
+        Args:
+            embeddings: ``[B, D]``.
+            rows: Indices of references ``[n]``; all by default. ``contrast="others"`` means the
+                others of all references, whichever rows are asked for.
+
+        Returns:
+            ``[B, n]``.
+
+        Raises:
+            ValueError: If the embeddings have another width than the references, are not finite,
+                or zero under cosine.
+
+        Example:
+            >>> import torch
+            >>> model = SimilarityModel(nn.Flatten(), torch.eye(3), similarity="dot")
+            >>> model.score(torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([2, 0]))
+            tensor([[3., 1.]])
+        """
+        if rows is not None and not self._others and self._similarity.by_reference:
+            return score(self._similarity, embeddings, self._rows(rows, embeddings), self.contrast)
+        scores = self._against_all(embeddings)
+        return scores if rows is None else scores[:, rows]
+
+    def _rows(self, rows: Tensor, like: Tensor) -> Tensor:
+        if isinstance(self.references, Gallery):
+            return self.references.rows(rows, like=like)
+        return self.references[rows]
+
+    def _against_all(self, embeddings: Tensor) -> Tensor:
+        if not isinstance(self.references, Gallery):
+            return score(self._similarity, embeddings, self.references, self.contrast)
+        parts = [
+            score(self._similarity, embeddings, part, self.contrast_embeddings)
+            for part in self.references.chunks(like=embeddings)
+        ]
+        scores = torch.cat(parts, dim=1)
+        return subtract_others(scores) if self._others else scores
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images ``[B, ...]`` -> scores ``[B, N]``; ``N`` the number of references.
+
+        Raises:
+            TypeError: If the encoder returns no tensor.
+            ValueError: If embeddings have another width than the references, are not finite, or
+                zero under cosine.
+        """
+        return self.score(self.embed(images))
+
+    def extra_repr(self) -> str:
+        """Show the number of references, their width, the similarity and the contrast."""
+        count, width = self.references.shape
+        if self._others:
+            against = ", contrast=others"
+        elif self.contrast_embeddings is not None:
+            against = f", contrast={len(self.contrast_embeddings)} embeddings"
+        else:
+            against = ""
+        return f"references={count}x{width}, similarity={self.similarity}{against}"

@@ -1,0 +1,1 @@
+"""One file a partner: evaluation harnesses, few-shot libraries."""

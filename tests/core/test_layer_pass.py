@@ -1,0 +1,146 @@
+"""The one forward pass: what it keeps, what it differentiates, and what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from fam_plugins.core.layer_pass import LayerPass, find_layer
+from tests.networks import classifier
+
+IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def test_gradients_of_several_layers_in_sequence_equal_autograd():
+    net = classifier()
+    names = ["last", "conv", "features"]
+    one = LayerPass([net.get_submodule(n) for n in names], names)
+    out = one.run(lambda: net(IMAGES))
+    found = one.gradients(lambda: out[:, 2])
+
+    kept = {}
+    handles = [
+        net.get_submodule(n).register_forward_hook(
+            lambda _m, _i, o, n=n: kept.setdefault(n, o).clone()
+        )
+        for n in names
+    ]
+    score = net(IMAGES)[:, 2].sum()
+    expected = torch.autograd.grad(score, [kept[n] for n in names])
+    for handle in handles:
+        handle.remove()
+    for (gradient,), (activation,), wanted, name in zip(
+        found, one.activations, expected, names, strict=True
+    ):
+        torch.testing.assert_close(gradient, wanted)
+        torch.testing.assert_close(activation, kept[name])
+
+
+def test_parallel_branches_each_get_their_gradient():
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.left, self.right = nn.ReLU(), nn.Sigmoid()
+
+        def forward(self, x):
+            return 2 * self.left(x) + 3 * self.right(x)
+
+    net = Branches()
+    one = LayerPass([net.right, net.left], ["right", "left"])
+    out = one.run(lambda: net(torch.ones(1, 4)))
+    (right,), (left,) = one.gradients(lambda: out)
+    assert right.eq(3).all()
+    assert left.eq(2).all()
+
+
+def test_nothing_before_the_layer_is_kept():
+    """Tensors saved for a backward step are what memory goes to; none may come from before."""
+    net = classifier()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: saved.append(t.shape) or t, lambda t: t
+    ):
+        one = LayerPass([net.last], ["last"])
+        out = one.run(lambda: net(IMAGES))
+        one.gradients(lambda: out[:, 0])
+    assert saved, "the tail does save something"
+    before = {tuple(net.conv(IMAGES).shape), tuple(IMAGES.shape)}
+    assert not before & {tuple(s) for s in saved}
+
+
+def test_the_layer_input_can_be_explained_instead():
+    net = classifier()
+    at_input = LayerPass([net.pool], ["pool"], at_input=True)
+    at_output = LayerPass([net.last], ["last"])
+    for one in (at_input, at_output):
+        out = one.run(lambda: net(IMAGES))
+        one.found = one.gradients(lambda out=out: out[:, 0])
+    torch.testing.assert_close(at_input.found[0][0], at_output.found[0][0])
+    torch.testing.assert_close(at_input.activations[0][0], at_output.activations[0][0])
+
+
+def test_zeros_give_the_constant_term():
+    net = classifier()
+    out = LayerPass([net.last], ["last"], zeros=True).run(lambda: net(IMAGES))
+    torch.testing.assert_close(out, net.head.bias.detach().expand(2, -1))
+
+
+def test_a_tensor_the_score_ignores_has_zero_gradient():
+    class Pair(nn.Module):
+        def forward(self, x):
+            return [x, 2 * x, None]
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pair = Pair()
+
+        def forward(self, x):
+            first, _, _ = self.pair(x)
+            return first.sum(dim=1)
+
+    net = Net()
+    one = LayerPass([net.pair], ["pair"])
+    out = one.run(lambda: net(torch.ones(2, 3)))
+    ((used, ignored),) = one.gradients(lambda: out)
+    assert used.eq(1).all()
+    assert ignored.eq(0).all()
+
+
+def test_integers_are_no_feature_map():
+    net = nn.Sequential(nn.Identity())
+    one = LayerPass([net[0]], ["0"])
+    with pytest.raises(TypeError, match="gives torch.int64"):
+        one.run(lambda: net(torch.ones(1, 2, dtype=torch.int64)))
+
+
+class TestFindLayer:
+    def test_by_module_and_by_name(self):
+        net = classifier()
+        assert find_layer(net, net.last) == (net.last, "last")
+        assert find_layer(net, "last") == (net.last, "last")
+        assert find_layer(net.forward, "last") == (net.last, "last")
+        stranger = nn.ReLU()
+        assert find_layer(net, stranger) == (stranger, "ReLU")
+
+    def test_names_may_start_at_the_encoder(self):
+        from tests.contracts.explainers import similarity_model
+
+        model = similarity_model()
+        assert find_layer(model, "last")[0] is model.encoder.last
+        assert find_layer(model, "encoder.last")[0] is model.encoder.last
+
+    @pytest.mark.parametrize(
+        ("model", "layer", "error", "message"),
+        [
+            (classifier(), "lats", ValueError, "did you mean 'last'"),
+            (lambda x: x, "last", ValueError, "in a plain function: pass the module"),
+            (classifier(), None, TypeError, "must be a module such as model.layer4"),
+            (classifier(), ["last"], TypeError, "must be a module"),
+            (classifier(), "", ValueError, "unknown layer"),
+        ],
+    )
+    def test_refuses_what_is_no_layer(self, model, layer, error, message):
+        with pytest.raises(error, match=message):
+            find_layer(model, layer)

@@ -1,0 +1,284 @@
+"""All references from one forward pass, against explaining them one at a time."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fam_plugins import LayerFam, SimilarityModel
+from fam_plugins.core.rules import RULES, map_many
+from tests.networks import State, TinyNet, classifier, encoder
+
+IMAGES = torch.randn(3, 3, 8, 10, generator=torch.Generator().manual_seed(0))
+ROWS = torch.randn(9, 6, generator=torch.Generator().manual_seed(1))
+INDICES = torch.tensor([[4, 0], [8, 4], [2, 2]])
+
+pytestmark = pytest.mark.filterwarnings('ignore:rule "fam" rescales')
+
+
+def one_by_one(explainer, images, indices):
+    columns = [explainer.attribute(images, target=column) for column in indices.T]
+    return torch.stack(columns, dim=1)
+
+
+class Tail(nn.Module):
+    """An encoder whose tail is not a pooling of all regions alike."""
+
+    def __init__(self, tail: nn.Module) -> None:
+        super().__init__()
+        self.net = encoder()
+        self.net.pool, self.net.head = nn.Identity(), tail
+
+    def forward(self, images):
+        return self.net(images)
+
+
+class OwnBackward(torch.autograd.Function):
+    """Looks at values, which cannot be vectorised."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * (2 if grad.sum().item() < 1e9 else 0)
+
+
+class CallsOwnBackward(nn.Module):
+    def forward(self, x):
+        return OwnBackward.apply(x)
+
+
+def with_head(head: nn.Module) -> TinyNet:
+    torch.manual_seed(0)
+    return TinyNet(head=head).eval()
+
+
+torch.manual_seed(5)
+TAILS = {
+    "pooled": encoder,
+    "linear head": lambda: with_head(nn.Linear(6, 6)),
+    "batch norm neck": lambda: with_head(nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 6))),
+    "hidden layer": lambda: with_head(nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 6))),
+    "regions weighted": lambda: Tail(nn.Linear(6 * 4 * 5, 6)),
+    "largest region": lambda: with_max_pool(),
+    "no vectorised backward": lambda: with_head(CallsOwnBackward()),
+}
+
+
+def with_max_pool() -> TinyNet:
+    net = encoder()
+    net.pool = nn.AdaptiveMaxPool2d(1)
+    return net
+
+
+def last(model: nn.Module) -> nn.Module:
+    return next(m for n, m in model.named_modules() if n.endswith("last"))
+
+
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    ("similarity", "contrast"),
+    [("cosine", None), ("cosine", "others"), ("dot", ROWS[:2]), ("euclidean", "others")],
+    ids=["cosine", "cosine-others", "dot-rows", "euclidean-others"],
+)
+def test_equals_one_reference_at_a_time(tail, rule, similarity, contrast):
+    model = SimilarityModel(TAILS[tail](), ROWS, similarity=similarity, contrast=contrast)
+    explainer = LayerFam(model, last(model), rule=rule)
+    maps = explainer.attribute_references(IMAGES, INDICES, references_per_chunk=4)
+    assert maps.shape == (3, 2, 1, 4, 5)
+    torch.testing.assert_close(maps, one_by_one(explainer, IMAGES, INDICES), rtol=1e-5, atol=1e-6)
+    everything = explainer.attribute_references(IMAGES, references_per_chunk=4)
+    assert everything.shape == (3, 9, 1, 4, 5)
+    indices = torch.arange(9).expand(3, -1)
+    torch.testing.assert_close(
+        everything, one_by_one(explainer, IMAGES, indices), rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_float64_agrees_to_rounding(rule):
+    for tail in TAILS.values():
+        model = SimilarityModel(tail(), ROWS).double()
+        explainer = LayerFam(model, last(model), rule=rule)
+        maps = explainer.attribute_references(IMAGES.double(), INDICES)
+        expected = one_by_one(explainer, IMAGES.double(), INDICES)
+        torch.testing.assert_close(maps, expected, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    model = SimilarityModel(encoder(), ROWS).to(dtype)
+    explainer = LayerFam(model, "last", rule="additive")
+    maps = explainer.attribute_references(IMAGES.to(dtype), INDICES)
+    assert maps.dtype == dtype
+    expected = one_by_one(explainer, IMAGES.to(dtype), INDICES)
+    torch.testing.assert_close(maps, expected, rtol=0.02, atol=1e-3)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_an_ordinary_classifier_and_any_layer(rule):
+    model = classifier()
+    indices = torch.tensor([[4, 0], [1, 4], [2, 2]])
+    for layer in (model.last, model.conv, model.pool, model.head):
+        explainer = LayerFam(model, layer, rule=rule)
+        maps = explainer.attribute_references(IMAGES, indices)
+        expected = one_by_one(explainer, IMAGES, indices)
+        torch.testing.assert_close(maps, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_channels_last_layers_are_rearranged():
+    class Last(nn.Module):
+        def forward(self, x):
+            return x.permute(0, 2, 3, 1)
+
+    back = Last()
+    back.forward = lambda x: x.permute(0, 3, 1, 2)
+    net = encoder()
+    net.last = nn.Sequential(nn.ReLU(), Last(), back)
+    explainer = LayerFam(
+        SimilarityModel(net, ROWS), net.last[1], activation_transform=lambda t: t.movedim(3, 1)
+    )
+    plain = LayerFam(SimilarityModel(encoder(), ROWS), "last")
+    torch.testing.assert_close(
+        explainer.attribute_references(IMAGES, INDICES),
+        plain.attribute_references(IMAGES, INDICES),
+    )
+
+
+def test_a_layer_with_several_tensors():
+    class Split(nn.Module):
+        def forward(self, x):
+            return x[:, :2], x[:, 2:]
+
+    class Join(nn.Module):
+        def forward(self, parts):
+            return torch.cat(parts, dim=1)
+
+    net = encoder()
+    net.last = nn.Sequential(nn.ReLU(), Split(), Join())
+    explainer = LayerFam(SimilarityModel(net, ROWS), net.last[1], rule="additive")
+    maps = explainer.attribute_references(IMAGES, INDICES)
+    one = explainer.attribute(IMAGES, target=INDICES[:, 1])
+    for many, single in zip(maps, one, strict=True):
+        torch.testing.assert_close(many[:, 1], single)
+
+
+def test_regions_that_no_score_reaches_are_refused():
+    class FirstToken(nn.Module):
+        def forward(self, tokens):
+            return tokens[:, 0]
+
+    net = nn.Sequential(nn.Flatten(2), nn.Identity(), FirstToken())
+    model = SimilarityModel(net, torch.randn(3, 20))
+    tokens = torch.rand(2, 5, 20)
+    explainer = LayerFam(model, "encoder.1", activation_transform=lambda t: t[:, 1:].mT)
+    for explain in (
+        lambda: explainer.attribute(tokens, 0),
+        lambda: explainer.attribute_references(tokens),
+    ):
+        with pytest.raises(ValueError, match="only through what the transform drops"):
+            explain()
+
+
+def test_relu_and_chunks_change_nothing_else():
+    explainer = LayerFam(SimilarityModel(encoder(), ROWS), "last", rule="centred")
+    maps = explainer.attribute_references(IMAGES)
+    for chunk in (1, 4, 100):
+        again = explainer.attribute_references(IMAGES, references_per_chunk=chunk)
+        torch.testing.assert_close(again, maps)
+    positive = explainer.attribute_references(IMAGES, relu_attributions=True)
+    assert torch.equal(positive, maps.clamp_min(0))
+    assert maps.min() < 0
+
+
+def test_indices_as_neighbour_searches_return_them():
+    explainer = LayerFam(SimilarityModel(encoder(), ROWS), "last")
+    expected = explainer.attribute_references(IMAGES, INDICES)
+    for given in (
+        INDICES.tolist(),
+        INDICES.numpy(),
+        INDICES.numpy().astype(np.int32),
+        INDICES.numpy().astype(np.uint64),
+        INDICES.to(torch.uint8),
+    ):
+        assert torch.equal(explainer.attribute_references(IMAGES, given), expected)
+
+
+def test_one_forward_pass_and_nothing_left_behind():
+    for model in (SimilarityModel(encoder(), ROWS), classifier()):
+        net = getattr(model, "encoder", model)
+        model(IMAGES).sum().backward()
+        images, random_state = IMAGES.clone(), torch.get_rng_state()
+        before = State.of(model)
+        net.calls = 0
+        for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+            with mode():
+                maps = LayerFam(model, net.last).attribute_references(images)
+                assert not maps.requires_grad
+        assert net.calls == 3
+        before.assert_unchanged(model)
+        assert torch.equal(torch.get_rng_state(), random_state)
+
+
+@pytest.mark.parametrize(
+    ("indices", "error", "message"),
+    [
+        (torch.tensor([0, 1, 2]), ValueError, r"shape \(3,\): pass \[B, k\]"),
+        (torch.tensor([[0]]), ValueError, "1 rows and there are 3 images"),
+        (torch.zeros(3, 0, dtype=torch.long), ValueError, "no columns"),
+        (torch.zeros(3, 2), TypeError, "float32.*may be the distances"),
+        (torch.ones(3, 2, dtype=torch.bool), TypeError, "bool.*mask"),
+        ([[0, 1], [2], [3, 4]], TypeError, "rows of equal length"),
+        (torch.tensor([[0], [9], [1]]), IndexError, "index 9 is out of range: there are 9"),
+        (torch.tensor([[0], [-1], [1]]), IndexError, "faiss fills up with -1"),
+    ],
+)
+def test_bad_indices_are_refused_before_any_work(indices, error, message):
+    model = SimilarityModel(encoder(), ROWS)
+    before = State.of(model)
+    with pytest.raises(error, match=message):
+        LayerFam(model, "last").attribute_references(IMAGES, indices)
+    assert model.encoder.calls == 0
+    before.assert_unchanged(model)
+
+
+def test_other_trouble_is_refused_and_leaves_nothing_behind():
+    model = classifier()
+    before = State.of(model)
+    with pytest.raises(IndexError, match="index 5 is out of range: there are 5"):
+        LayerFam(model, "last").attribute_references(IMAGES, [[5]] * 3)
+    with pytest.raises(ValueError, match="at least 1, not 0"):
+        LayerFam(model, "last").attribute_references(IMAGES, references_per_chunk=0)
+    with pytest.raises(ValueError, match="batch is empty"):
+        LayerFam(model, "last").attribute_references(IMAGES[:0])
+    with pytest.raises(ValueError, match=r"not scores \[B, N\]"):
+        LayerFam(lambda x: model(x).sum(1), model.last).attribute_references(IMAGES)
+    with pytest.raises(TypeError, match="returns a dict"):
+        LayerFam(lambda x: {"a": model(x)}, model.last).attribute_references(IMAGES)
+    with pytest.raises(RuntimeError, match="does not depend on layer"):
+        LayerFam(lambda x: model(x).detach(), model.last).attribute_references(IMAGES)
+    before.assert_unchanged(model)
+
+
+@pytest.mark.filterwarnings("default")
+def test_the_published_rule_warns_of_contrast():
+    model = SimilarityModel(encoder(), ROWS, contrast="others")
+    with pytest.warns(UserWarning, match="undoes the contrast") as caught:
+        LayerFam(model, "last").attribute_references(IMAGES)
+    assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_many_gradients_equal_the_rule_applied_to_each(rule):
+    activation = torch.randn(2, 5, 3, 4, dtype=torch.float64)
+    gradients = torch.randn(2, 7, 5, 12, dtype=torch.float64)
+    for given in (gradients, gradients[..., :1]):
+        maps = map_many(RULES[rule], activation, given)
+        for j in range(7):
+            each = given[:, j].expand(-1, -1, 12).reshape(2, 5, 3, 4)
+            torch.testing.assert_close(maps[:, j], RULES[rule].map(activation, each))

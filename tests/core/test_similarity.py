@@ -1,0 +1,153 @@
+"""Scores and frozen scores against plain loops, and the identities they must keep."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from fam_plugins.core.similarity import SIMILARITIES, Frozen, find_similarity, frozen_scores, score
+
+NAMES = sorted(SIMILARITIES)
+
+
+def vectors(rows: int, width: int = 7, seed: int = 0) -> torch.Tensor:
+    return torch.randn(
+        rows, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
+
+
+def by_loop(name: str, z: list[float], t: list[float]) -> float:
+    dot = sum(a * b for a, b in zip(z, t, strict=True))
+    if name == "dot":
+        return dot
+    if name == "euclidean":
+        return -sum((a - b) ** 2 for a, b in zip(z, t, strict=True))
+    return dot / math.sqrt(sum(a * a for a in z)) / math.sqrt(sum(b * b for b in t))
+
+
+def frozen_gradient_by_hand(name: str, z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    return {"cosine": t / t.norm() / z.norm(), "dot": t, "euclidean": 2 * t}[name]
+
+
+@pytest.mark.parametrize("name", NAMES)
+class TestScore:
+    def test_equals_plain_loops(self, name):
+        z, t = vectors(3), vectors(4, seed=1)
+        expected = [[by_loop(name, a.tolist(), b.tolist()) for b in t] for a in z]
+        torch.testing.assert_close(
+            score(name, z, t), torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12
+        )
+
+    def test_larger_is_more_alike(self, name):
+        t = torch.eye(3, dtype=torch.float64)
+        assert score(name, t[:1] + 0.1 * t[1:2], t).argmax() == 0
+
+    def test_gradient_is_the_true_one(self, name):
+        z, t = vectors(2).requires_grad_(), vectors(3, seed=1)
+        assert torch.autograd.gradcheck(lambda x: score(name, x, t), (z,))
+
+    def test_frozen_keeps_the_value_and_changes_the_gradient(self, name):
+        z, t = vectors(2).requires_grad_(), vectors(3, seed=1)
+        with frozen_scores():
+            frozen = score(name, z, t)
+        torch.testing.assert_close(frozen, score(name, z, t), rtol=1e-12, atol=1e-12)
+        (grad,) = torch.autograd.grad(frozen[:, 2].sum(), z)
+        for row in range(2):
+            expected = frozen_gradient_by_hand(name, z[row].detach(), t[2])
+            torch.testing.assert_close(grad[row], expected, rtol=1e-12, atol=1e-12)
+
+    def test_replay_is_the_same_linear_function(self, name):
+        z, t = vectors(2).requires_grad_(), vectors(3, seed=1)
+        with frozen_scores() as frozen:
+            at_z = score(name, z, t)
+        (grad,) = torch.autograd.grad(at_z[:, 1].sum(), z)
+        with frozen_scores(frozen, replay=True):
+            at_zero = score(name, torch.zeros_like(z), t)
+        torch.testing.assert_close(
+            (grad * z).sum(1) + at_zero[:, 1], at_z[:, 1], rtol=1e-12, atol=1e-12
+        )
+
+    def test_contrast_subtracts_the_mean(self, name):
+        z, t, c = vectors(2), vectors(3, seed=1), vectors(5, seed=2)
+        plain = score(name, z, t)
+        expected = plain - score(name, z, c).mean(dim=1, keepdim=True)
+        torch.testing.assert_close(score(name, z, t, c), expected)
+        others = torch.stack(
+            [plain[:, j] - plain[:, [i for i in range(3) if i != j]].mean(1) for j in range(3)], 1
+        )
+        torch.testing.assert_close(score(name, z, t, "others"), others)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_half_precision_is_compared_in_float32(self, name, dtype):
+        z, t = vectors(2).to(dtype), vectors(3, seed=1).to(dtype)
+        result = score(name, z, t)
+        assert result.dtype == dtype
+        torch.testing.assert_close(result, score(name, z.float(), t.float()).to(dtype))
+
+    def test_autocast_does_not_coarsen_it(self, name):
+        z, t = vectors(2).float(), vectors(3, seed=1).float()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            result = score(name, z, t)
+        assert torch.equal(result, score(name, z, t))
+
+    def test_not_a_number_is_refused(self, name):
+        z = vectors(2)
+        z[1, 0] = math.nan
+        with pytest.raises(ValueError, match=r"row 1 holds NaN .* check the images"):
+            score(name, z, vectors(3))
+
+    def test_another_width_is_refused(self, name):
+        with pytest.raises(ValueError, match="7 values and the references have 6.*same encoder"):
+            score(name, vectors(2), vectors(3, 6))
+
+    def test_others_needs_two(self, name):
+        with pytest.raises(ValueError, match="at least 2 references"):
+            score(name, vectors(2), vectors(1), "others")
+
+
+def test_zero_embedding_is_refused_under_cosine_only():
+    zero = torch.zeros(1, 7, dtype=torch.float64)
+    with pytest.raises(ValueError, match='row 0 is all zero.*similarity="dot"'):
+        score("cosine", zero, vectors(2))
+    assert score("dot", zero, vectors(2)).eq(0).all()
+    assert score("euclidean", zero, vectors(2)).lt(0).all()
+
+
+def test_euclidean_gradient_at_distance_zero_is_finite():
+    z = vectors(1).requires_grad_()
+    (grad,) = torch.autograd.grad(score("euclidean", z, z.detach()).sum(), z)
+    assert grad.eq(0).all()
+
+
+def test_euclidean_keeps_small_distances_of_long_vectors():
+    t = torch.full((1, 512), 10.0)
+    assert score("euclidean", t + 1e-3, t).item() == pytest.approx(-512e-6, rel=1e-3)
+
+
+def test_scaling_a_reference_changes_nothing_under_cosine():
+    z, t = vectors(2), vectors(3, seed=1)
+    torch.testing.assert_close(score("cosine", z, t), score("cosine", z, 1e9 * t))
+
+
+def test_unknown_similarity_suggests_the_closest():
+    with pytest.raises(ValueError, match="did you mean 'cosine'"):
+        find_similarity("cosin")
+
+
+def test_freezing_ends_with_the_block_even_on_an_error():
+    z = vectors(1).requires_grad_()
+    with pytest.raises(KeyError), frozen_scores():
+        raise KeyError
+    (grad,) = torch.autograd.grad(score("cosine", z, vectors(1, seed=1)).sum(), z)
+    assert abs((grad * z).sum()) < 1e-12, "the true gradient of a cosine is orthogonal to z"
+
+
+def test_contrast_is_noticed():
+    frozen = Frozen()
+    with frozen_scores(frozen):
+        score("dot", vectors(1), vectors(2))
+        assert not frozen.contrasted
+        score("dot", vectors(1), vectors(2), "others")
+    assert frozen.contrasted

@@ -1,0 +1,311 @@
+"""Transforms: each against loops; what cannot be told is refused with the fix."""
+
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from captum.attr import LayerGradCam
+from pytorch_grad_cam import GradCAM
+from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+from torch import nn
+from torchvision.models import SwinTransformer, VisionTransformer
+
+from fam_plugins import (
+    FAM,
+    LayerFam,
+    SimilarityModel,
+    channels_last_to_map,
+    infer_transform,
+    tokens_to_map,
+)
+from fam_plugins.core.transforms import transform_for
+from tests.networks import State, encoder
+
+IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def vit() -> VisionTransformer:
+    torch.manual_seed(0)
+    net = VisionTransformer(
+        32, 8, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=16, num_classes=5
+    ).eval()
+    # torchvision starts its classifier at zero.
+    nn.init.normal_(net.heads.head.weight)
+    return net
+
+
+def swin() -> SwinTransformer:
+    torch.manual_seed(0)
+    return SwinTransformer([4, 4], 24, [1, 1], [2, 2], [2, 2], num_classes=5).eval()
+
+
+@pytest.mark.parametrize("skip", [0, 1, 5])
+def test_tokens_land_where_a_loop_puts_them(skip):
+    tokens = torch.randn(2, skip + 6, 4)
+    laid_out = tokens_to_map(2, 3, skip=skip)(tokens)
+    assert laid_out.shape == (2, 4, 2, 3)
+    for image in range(2):
+        for row in range(2):
+            for column in range(3):
+                expected = tokens[image, skip + 3 * row + column]
+                assert torch.equal(laid_out[image, :, row, column], expected)
+
+
+def test_channels_last_lands_where_a_loop_puts_it():
+    given = torch.randn(2, 2, 3, 4)
+    laid_out = channels_last_to_map(given)
+    assert laid_out.shape == (2, 4, 2, 3)
+    for channel in range(4):
+        assert torch.equal(laid_out[:, channel], given[..., channel])
+
+
+def test_tokens_to_map_is_a_value():
+    assert tokens_to_map(2, 3) == tokens_to_map(2, 3, skip=1) != tokens_to_map(3, 2)
+    assert pickle.loads(pickle.dumps(tokens_to_map(2, 3, 5))) == tokens_to_map(2, 3, 5)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: tokens_to_map(7, 7)(torch.ones(1, 197, 8)), r"197 = 1 \+ 14 x 14.*14, skip=1\)"),
+        (lambda: tokens_to_map(7, 7)(torch.ones(1, 49, 8)), r"tokens_to_map\(7, 7, skip=0\)"),
+        (lambda: tokens_to_map(7, 7)(torch.ones(1, 261, 8)), r"\(16, 16, skip=5\)"),
+        (lambda: tokens_to_map(7, 7)(torch.ones(1, 7, 8)), "pass tokens_to_map.h, w"),
+        (lambda: tokens_to_map(7, 7)(torch.ones(1, 7, 7, 8)), "channels_last_to_map is for"),
+        (lambda: tokens_to_map(0, 7), "no grid of patches"),
+        (lambda: tokens_to_map(7, 7, skip=-1), "no grid of patches"),
+        (lambda: channels_last_to_map(torch.ones(1, 49, 8)), "tokens_to_map.h, w, skip=1"),
+    ],
+)
+def test_wrong_sizes_name_the_fix(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("build", "layer", "expected"),
+    [
+        (vit, "encoder.layers.encoder_layer_1.ln_1", tokens_to_map(4, 4, skip=1)),
+        (vit, "conv_proj", None),
+        (swin, "features", channels_last_to_map),
+        (swin, "permute", None),
+        (encoder, "last", None),
+        (encoder, "pool", None),
+    ],
+)
+def test_torchvision_is_inferred_without_a_trace(build, layer, expected):
+    net = build().train()
+    before = State.of(net)
+    assert infer_transform(net, layer, IMAGES) == expected
+    assert infer_transform(net, net.get_submodule(layer), IMAGES) == expected
+    before.assert_unchanged(net)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "size", "layer", "expected"),
+    [
+        ("vit_tiny_patch16_224", {"img_size": 48}, (48, 48), "norm", tokens_to_map(3, 3)),
+        ("vit_tiny_patch16_224", {"img_size": 48}, (48, 48), "patch_embed", tokens_to_map(3, 3, 0)),
+        ("vit_tiny_patch16_224", {"img_size": (32, 64)}, (32, 64), "norm", tokens_to_map(2, 4)),
+        (
+            "vit_tiny_patch16_224",
+            {"img_size": 64, "dynamic_img_size": True},
+            (32, 128),  # as many patches as the 4 x 4 that the model was made for
+            "norm",
+            tokens_to_map(2, 8),
+        ),
+        (
+            "vit_tiny_patch16_224",
+            {"img_size": 64, "dynamic_img_size": True, "dynamic_img_pad": True},
+            (40, 64),
+            "norm",
+            tokens_to_map(3, 4),
+        ),
+        (
+            "vit_small_patch14_reg4_dinov2",
+            {"img_size": 28},
+            (28, 28),
+            "norm",
+            tokens_to_map(2, 2, 5),
+        ),
+        (
+            "deit_tiny_distilled_patch16_224",
+            {"img_size": 32},
+            (32, 32),
+            "norm",
+            tokens_to_map(2, 2, 2),
+        ),
+        (
+            "eva02_tiny_patch14_224",
+            {"img_size": 28},
+            (28, 28),
+            "blocks.11.norm1",
+            tokens_to_map(2, 2),
+        ),
+        (
+            "swin_tiny_patch4_window7_224",
+            {"img_size": 64, "window_size": 2},
+            (64, 64),
+            "norm",
+            channels_last_to_map,
+        ),
+    ],
+)
+def test_timm_is_inferred(name, settings, size, layer, expected):
+    timm = pytest.importorskip("timm", reason="these are timm's models")
+    net = timm.create_model(name, num_classes=0, **settings).eval()
+    assert infer_transform(net, layer, torch.randn(1, 3, *size)) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "images", "message"),
+    [
+        ((2, 8, 8, 8), (2, 3, 32, 32), "either end"),
+        ((2, 3, 197, 64), (2, 3, 224, 224), "neither end"),
+        ((2, 8, 8, 96), None, "size of the image is not known"),
+        ((2, 8, 8, 96), (2, 100), "size of the image is not known"),
+        ((2, 197, 64), (2, 3, 224, 224), r"197 = 1 \+ 14 x 14"),
+    ],
+)
+def test_a_doubt_is_refused(given, images, message):
+    net = nn.Identity()
+    with pytest.raises(ValueError, match=message + ".*pass"):
+        transform_for(net, net, "layer", given, images)
+
+
+@pytest.mark.parametrize(
+    ("given", "images", "expected"),
+    [
+        ((2, 64), (2, 3, 8, 8), None),
+        ((2, 4, 3, 3, 3), (2, 3, 8, 8, 8), None),
+        ((2, 512, 7, 10), (2, 3, 224, 320), None),
+        ((2, 7, 10, 512), (2, 3, 224, 320), channels_last_to_map),
+        ((2, 64, 224, 224), (2, 3, 224, 224), None),
+        ((2, 7, 7, 224), (2, 3, 224, 224), channels_last_to_map),
+    ],
+)
+def test_shapes_tell_where_the_channels_are(given, images, expected):
+    assert transform_for(None, nn.Identity(), "layer", given, images) is expected
+
+
+LAYERS = [
+    (vit, "encoder.layers.encoder_layer_1.ln_1", tokens_to_map(4, 4)),
+    (swin, "features", channels_last_to_map),
+]
+
+
+@pytest.mark.parametrize(("build", "layer", "transform"), LAYERS)
+@pytest.mark.parametrize("wrap", ["model", "similarity", "method"])
+def test_auto_is_the_transform_given_by_hand(build, layer, transform, wrap):
+    model = net = build()
+    if wrap == "similarity":
+        model = SimilarityModel(net, torch.randn(3, 5))
+    elif wrap == "method":
+        model = net.forward
+    module = net.get_submodule(layer)
+    expected = LayerFam(model, module, activation_transform=transform).attribute(IMAGES, 1)
+    auto = LayerFam(model, module, activation_transform="auto")
+    assert torch.equal(auto.attribute(IMAGES, 1), expected)
+    if wrap == "method":
+        return
+    targets = [ClassifierOutputTarget(1)] * 2
+    ours = FAM(model, [module], "auto")(IMAGES, targets)
+    np.testing.assert_array_equal(ours, FAM(model, [module], transform)(IMAGES, targets))
+
+
+def test_auto_takes_no_further_forward_pass_and_tells_layers_apart():
+    net = encoder()
+    LayerFam(net, "last", activation_transform="auto").attribute(IMAGES, 1)
+    assert net.calls == 1
+    net = vit()
+    cam = FAM(net, ["conv_proj", "encoder.layers.encoder_layer_1.ln_1"], "auto")
+    cam(IMAGES, [ClassifierOutputTarget(1)] * 2)
+    assert [m.shape for m in cam.attributions] == [(2, 1, 4, 4)] * 2
+
+
+@pytest.mark.parametrize(("build", "layer", "transform"), LAYERS)
+def test_transforms_serve_the_partners(build, layer, transform):
+    net = build()
+    module = net.get_submodule(layer)
+    targets = [ClassifierOutputTarget(1)] * 2
+    theirs = GradCAM(net, [module], reshape_transform=transform)(IMAGES, targets)
+    ours = FAM(net, [module], transform, rule="gradcam")(IMAGES, targets)
+    np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+    parts = LayerGradCam(net, module).attribute(IMAGES, 1, attr_dim_summation=False)
+    assert parts.shape[0] == 2
+
+
+@pytest.mark.parametrize("transform", [tokens_to_map(4, 4), "auto"])
+def test_patches_that_the_score_does_not_read_are_refused(transform):
+    """Behind the last block only the class token bears the score."""
+    net = vit()
+    with pytest.raises(ValueError, match=r"'encoder'.*class token.*encoder.layers\[-1\].ln_1"):
+        LayerFam(net, net.encoder, activation_transform=transform).attribute(IMAGES, 1)
+    with pytest.raises(ValueError, match=r"class token.*blocks\[-1\].norm1"):
+        FAM(net, [net.encoder], transform)(IMAGES, [ClassifierOutputTarget(1)] * 2)
+    LayerFam(net, net.encoder).attribute(IMAGES, 1)
+
+
+@pytest.mark.parametrize(
+    ("transform", "kind", "message"),
+    [("tokens", ValueError, 'must be "auto"'), (7, TypeError, "must be callable, not int")],
+)
+def test_what_is_no_transform_is_refused_at_once(transform, kind, message):
+    net = encoder()
+    with pytest.raises(kind, match="activation_transform " + message):
+        LayerFam(net, "last", activation_transform=transform)
+    with pytest.raises(kind, match="reshape_transform " + message):
+        FAM(net, ["last"], transform)
+
+
+def test_auto_asks_for_a_transform_where_a_function_hides_the_model():
+    net = vit()
+    explainer = LayerFam(lambda x: net(x), net.encoder.layers[0].ln_1, activation_transform="auto")
+    with pytest.raises(ValueError, match=r"17 = 1 \+ 4 x 4.*tokens_to_map\(4, 4, skip=1\)"):
+        explainer.attribute(IMAGES, 1)
+
+
+class Pair(nn.Module):
+    """A network whose first layer gives two maps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.two = TwoMaps()
+
+    def forward(self, images):
+        a, b = self.two(images)
+        return (a + b).mean(dim=(2, 3))
+
+
+class TwoMaps(nn.Module):
+    def forward(self, images):
+        return images * 2, images * 3
+
+
+def test_auto_with_a_layer_that_gives_two_tensors():
+    net = Pair()
+    maps = LayerFam(net, "two", activation_transform="auto").attribute(IMAGES, 1)
+    assert [part.shape for part in maps] == [(2, 1, 32, 32)] * 2
+    with pytest.raises(TypeError, match="'two' gives 2 tensors: choose a layer inside"):
+        infer_transform(net, "two", IMAGES)
+    with pytest.raises(ValueError, match="'two' gives 2 tensors: pass a reshape_transform"):
+        FAM(net, ["two"], "auto")(IMAGES, [ClassifierOutputTarget(1)] * 2)
+
+
+def test_the_innermost_module_that_tells_its_grid_is_believed():
+    class Outer(nn.Module):
+        patch_size, image_size = 4, (8, 32)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = vit()
+            self.class_token = torch.zeros(1)
+
+        def forward(self, images):
+            return self.inner(images)
+
+    assert infer_transform(Outer(), "inner.encoder", IMAGES) == tokens_to_map(4, 4)
