@@ -2,7 +2,7 @@
 
 Two photographs stand side by side in one query, and two references show parts of each of them,
 mirrored. What in the query matches which reference? Every encoder answers through the same three
-lines; only the layer differs, and activation_transform="auto" lays out tokens and channels-last
+lines; only the layer differs, and reshape_transform="auto" lays out tokens and channels-last
 maps. Prints how much of each map's energy is on the right photograph, and writes a picture of each
 encoder.
 
@@ -143,10 +143,10 @@ def main() -> None:
         shots = T.normalize(references, backbone.mean, backbone.std).to(args.device)
 
         model = SimilarityModel(encoder, shots, contrast="others")
-        explainer = LayerFam(model, backbone.layer, rule="centred", activation_transform="auto")
+        explainer = LayerFam(model, backbone.layer, rule="centred", reshape_transform="auto")
         maps = [explainer.attribute(images, target=j) for j in range(2)]
 
-        exact = LayerFam(model, backbone.layer, rule="additive", activation_transform="auto")
+        exact = LayerFam(model, backbone.layer, rule="additive", reshape_transform="auto")
         _, delta = exact.attribute(images, target=0, return_convergence_delta=True)
         with torch.no_grad():
             scores = model(images)

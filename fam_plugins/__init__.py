@@ -2,15 +2,12 @@
 
 * :class:`SimilarityModel` makes an encoder and its references a model whose classes are the
   references, for every Captum and pytorch-grad-cam tool.
+* :class:`LayerFam` (Captum) and :class:`FAM` (pytorch-grad-cam) are the Feature Activation Map
+  (arXiv 2307.05017) and its sibling rules; :class:`Rule` and :class:`Similarity` add your own.
 * :mod:`fam_plugins.cape` gives a classifier a head whose heatmap is a probability (CAPE, CVPR 2024,
-  arXiv 2404.02388).
-* :class:`fam_plugins.captum.LayerFam` and :class:`fam_plugins.grad_cam.FAM` are the Feature
-  Activation Map (arXiv 2307.05017) and its sibling rules in the two tools' own form;
-  :class:`fam_plugins.captum.LayerCape` and :class:`fam_plugins.grad_cam.CAPE` are CAPE's.
-* :func:`tokens_to_map`, :func:`channels_last_to_map` and :func:`infer_transform` lay out what
-  transformers give as a map, for both tools.
-* :mod:`fam_plugins.plots` draws pairs, episodes and ranked lists;
-  :mod:`fam_plugins.interop.harnesses` fits explanations into evaluation harnesses.
+  arXiv 2404.02388); :class:`LayerCape` and :class:`CAPE` show it.
+* :func:`explain_pair` explains two images in both; :mod:`fam_plugins.plots` draws;
+  :mod:`fam_plugins.interop` fits evaluation harnesses and few-shot libraries.
 
 The two tools load on first use of their adapter; importing this package loads neither.
 """
@@ -20,60 +17,49 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from fam_plugins import cape, captum, grad_cam, interop, plots
-    from fam_plugins.captum import LayerCape, LayerFam
-    from fam_plugins.core.references import gallery_mean, prototypes
-    from fam_plugins.core.similarity import frozen_scores
-    from fam_plugins.core.similarity_model import SimilarityModel
-    from fam_plugins.core.transforms import channels_last_to_map, infer_transform, tokens_to_map
-    from fam_plugins.grad_cam import CAPE, FAM, SimilarityTarget
-    from fam_plugins.pair import explain_pair
+from fam_plugins.core.references import gallery_mean, prototypes
+from fam_plugins.core.rules import Rule
+from fam_plugins.core.scores import frozen_scores
+from fam_plugins.core.similarity import Similarity
+from fam_plugins.core.similarity_model import SimilarityModel
+from fam_plugins.core.transforms import channels_last_to_map, infer_transform, tokens_to_map
+from fam_plugins.interop.easyfsl import from_easyfsl
+from fam_plugins.pair import PairExplanation, explain_pair
 
+if TYPE_CHECKING:
+    from fam_plugins.captum import LayerCape, LayerFam
+    from fam_plugins.grad_cam import CAPE, FAM, SimilarityTarget
+
+# Without the submodules: ``from fam_plugins import *`` must not rebind a user's ``captum``.
 __all__ = [
     "CAPE",
     "FAM",
     "LayerCape",
     "LayerFam",
+    "PairExplanation",
+    "Rule",
+    "Similarity",
     "SimilarityModel",
     "SimilarityTarget",
-    "cape",
-    "captum",
     "channels_last_to_map",
     "explain_pair",
+    "from_easyfsl",
     "frozen_scores",
     "gallery_mean",
-    "grad_cam",
     "infer_transform",
-    "interop",
-    "plots",
     "prototypes",
     "tokens_to_map",
 ]
 
 __version__ = "0.1.0"
 
-_HOME = {
-    "CAPE": "grad_cam",
-    "FAM": "grad_cam",
-    "LayerCape": "captum",
-    "LayerFam": "captum",
-    "SimilarityModel": "core.similarity_model",
-    "SimilarityTarget": "grad_cam",
-    "channels_last_to_map": "core.transforms",
-    "explain_pair": "pair",
-    "frozen_scores": "core.similarity",
-    "gallery_mean": "core.references",
-    "infer_transform": "core.transforms",
-    "prototypes": "core.references",
-    "tokens_to_map": "core.transforms",
-}
-
 
 def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-    if name in ("cape", "captum", "grad_cam", "interop", "plots"):
+    if name in ("LayerCape", "LayerFam"):
+        return getattr(import_module(f"{__name__}.captum"), name)
+    if name in ("CAPE", "FAM", "SimilarityTarget"):
+        return getattr(import_module(f"{__name__}.grad_cam"), name)
+    if name in ("cape", "captum", "grad_cam", "plots"):
         return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -12,7 +12,7 @@ from scipy.stats import spearmanr
 from torch import nn
 
 from fam_plugins import prototypes
-from fam_plugins.core.similarity import score
+from fam_plugins.core.scores import score
 from tests.benchmarks import map_quality
 from tests.benchmarks.quality import cape_metrics, verdict
 from tests.benchmarks.quality import similarity_metrics as metrics
@@ -124,7 +124,7 @@ def test_protocol_of_the_cape_paper_by_hand():
     assert math.isnan(cape_metrics.overlap(torch.zeros(1, 2, 2), torch.zeros(1, 2, 2))[0])
 
 
-@pytest.mark.parametrize("similarity", ["cosine", "dot", "euclidean"])
+@pytest.mark.parametrize("similarity", ["cosine", "dot", "sqeuclidean"])
 @pytest.mark.parametrize(
     "head", [nn.Identity(), nn.Linear(6, 4), nn.Sequential(nn.Linear(6, 4), nn.Tanh())]
 )

@@ -31,7 +31,7 @@ def deep_head() -> TinyNet:
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("similarity", ["cosine", "dot", "euclidean"])
+@pytest.mark.parametrize("similarity", ["cosine", "dot", "sqeuclidean"])
 @pytest.mark.parametrize("contrast", [None, ROWS], ids=["none", "rows"])
 def test_each_side_is_the_query_and_the_other_its_reference(rule, similarity, contrast):
     for net in (encoder(), linear_head(bias=True), deep_head()):
@@ -44,12 +44,12 @@ def test_each_side_is_the_query_and_the_other_its_reference(rule, similarity, co
         torch.testing.assert_close(pair.score, plain.detach(), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("embed", ["model", "pooled"])
+@pytest.mark.parametrize("embedding", ["model", "pooled"])
 @pytest.mark.parametrize("rule", RULES)
-def test_swapping_the_images_swaps_the_maps(rule, embed):
+def test_swapping_the_images_swaps_the_maps(rule, embedding):
     for net in (encoder(), deep_head()):
-        there = explain_pair(net, "last", A, B, rule=rule, difference=True, embed=embed)
-        back = explain_pair(net, "last", B, A, rule=rule, difference=True, embed=embed)
+        there = explain_pair(net, "last", A, B, rule=rule, difference=True, embedding=embedding)
+        back = explain_pair(net, "last", B, A, rule=rule, difference=True, embedding=embedding)
         assert torch.equal(there.map_a, back.map_b)
         assert torch.equal(there.map_b, back.map_a)
         assert torch.equal(there.difference_a, back.difference_b)
@@ -60,24 +60,50 @@ def test_swapping_the_images_swaps_the_maps(rule, embed):
 @pytest.mark.parametrize("make", [encoder, linear_head])
 @pytest.mark.parametrize("similarity", ["cosine", "dot"])
 def test_additive_maps_sum_to_the_score(make, similarity):
-    pair = explain_pair(make(), "last", A, B, similarity=similarity)
+    pair = explain_pair(make(), "last", A, B, similarity=similarity, return_convergence_delta=True)
     for part, delta in ((pair.map_a, pair.delta_a), (pair.map_b, pair.delta_b)):
         torch.testing.assert_close(part.sum((1, 2, 3)), pair.score, rtol=1e-5, atol=1e-6)
         assert delta.abs().max() < 1e-5
 
 
-def test_the_gap_is_reported_where_maps_do_not_add_up():
-    for make in (deep_head, lambda: linear_head(bias=True)):
-        pair = explain_pair(make(), "last", A, B)
-        for part, delta in ((pair.map_a, pair.delta_a), (pair.map_b, pair.delta_b)):
-            torch.testing.assert_close(delta, part.sum((1, 2, 3)) - pair.score)
-            assert delta.abs().min() > 1e-3
-    assert explain_pair(encoder(), "last", A, B, rule="fam").delta_a is None
+@pytest.mark.parametrize("embedding", ["model", "pooled"])
+@pytest.mark.parametrize("similarity", ["cosine", "sqeuclidean"])
+def test_the_delta_is_that_of_layer_fam(similarity, embedding):
+    for net in (encoder(), linear_head(bias=True), deep_head()):
+        pair = explain_pair(
+            net,
+            "last",
+            A,
+            B,
+            similarity=similarity,
+            contrast=ROWS,
+            embedding=embedding,
+            return_convergence_delta=True,
+        )
+        if embedding == "pooled":
+            net.head = nn.Identity()
+        for delta, this, other in ((pair.delta_a, A, B), (pair.delta_b, B, A)):
+            model = SimilarityModel(net, net(other), similarity=similarity, contrast=ROWS)
+            _, expected = LayerFam(model, "last", rule="additive").attribute(
+                this, [0, 1, 2], return_convergence_delta=True
+            )
+            torch.testing.assert_close(delta, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_delta_is_zero_behind_a_bias_and_the_gap_behind_a_deep_head():
+    biased = explain_pair(linear_head(bias=True), "last", A, B, return_convergence_delta=True)
+    assert biased.delta_a.abs().max() < 1e-6
+    assert (biased.map_a.sum((1, 2, 3)) - biased.score).abs().min() > 1e-3
+    deep = explain_pair(deep_head(), "last", A, B, return_convergence_delta=True)
+    assert deep.delta_a.abs().max() > 1e-3
+    assert explain_pair(encoder(), "last", A, B).delta_a is None
+    with pytest.raises(ValueError, match='rule "fam" does not add up'):
+        explain_pair(encoder(), "last", A, B, rule="fam", return_convergence_delta=True)
 
 
 def test_euclidean_maps_sum_to_the_linear_part():
     net = encoder()
-    pair = explain_pair(net, "last", A, B, similarity="euclidean")
+    pair = explain_pair(net, "last", A, B, similarity="sqeuclidean", return_convergence_delta=True)
     za, zb = net(A).detach(), net(B).detach()
     torch.testing.assert_close(pair.map_a.sum((1, 2, 3)), 2 * (za * zb).sum(1))
     assert pair.delta_a.abs().max() < 1e-5
@@ -88,13 +114,13 @@ def test_pooled_ignores_the_head():
     net, plain = deep_head(), encoder()
     plain.load_state_dict(net.state_dict(), strict=False)
     for rule in RULES:
-        through = explain_pair(net, "last", A, B, rule=rule, embed="pooled", difference=True)
+        through = explain_pair(net, "last", A, B, rule=rule, embedding="pooled", difference=True)
         without = explain_pair(plain, "last", A, B, rule=rule, difference=True)
         for name in ("map_a", "map_b", "score", "difference_a", "difference_b"):
             torch.testing.assert_close(getattr(through, name), getattr(without, name))
     contrast = torch.randn(2, 3, 8, 8)
     torch.testing.assert_close(
-        explain_pair(net, "last", A, B, embed="pooled", contrast=contrast).map_a,
+        explain_pair(net, "last", A, B, embedding="pooled", contrast=contrast).map_a,
         explain_pair(plain, "last", A, B, contrast=contrast).map_a,
     )
 
@@ -124,7 +150,8 @@ def test_one_forward_pass_of_each_and_nothing_left_behind():
         with mode():
             pair = explain_pair(net, "last", A, B, difference=True)
         for field in dataclasses.fields(pair):
-            assert not getattr(pair, field.name).requires_grad
+            if not field.name.startswith("delta"):
+                assert not getattr(pair, field.name).requires_grad
     assert net.calls == 6
     before.assert_unchanged(net)
 
@@ -132,8 +159,10 @@ def test_one_forward_pass_of_each_and_nothing_left_behind():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_dtypes_agree(dtype):
     expected = explain_pair(encoder(), "last", A, B)
-    for embed in ("model", "pooled"):
-        pair = explain_pair(encoder().to(dtype), "last", A.to(dtype), B.to(dtype), embed=embed)
+    for embedding in ("model", "pooled"):
+        pair = explain_pair(
+            encoder().to(dtype), "last", A.to(dtype), B.to(dtype), embedding=embedding
+        )
         assert pair.map_a.dtype == pair.score.dtype == dtype
         gap = (pair.map_a.float() - expected.map_a).abs().max() / expected.map_a.abs().max()
         assert gap < 0.1
@@ -149,7 +178,7 @@ def test_other_dtypes_agree(dtype):
         ({"rule": "aditive"}, ValueError, "did you mean"),
         ({"similarity": "cosin"}, ValueError, "did you mean"),
         ({"layer": "lst"}, ValueError, "did you mean"),
-        ({"embed": "head"}, ValueError, '"model" or "pooled"'),
+        ({"embedding": "head"}, ValueError, '"model" or "pooled"'),
         ({"contrast": torch.ones(2)}, ValueError, r"embeddings \[N, D\]"),
     ],
 )
@@ -168,7 +197,7 @@ def test_bad_input_is_refused_before_any_work(options, error, message):
 def test_a_layer_behind_the_pooling_of_the_wrong_shape_is_refused():
     net = encoder()
     net.head = nn.Sequential(nn.Unflatten(0, (1, 3)), nn.Flatten(0, 1))
-    with pytest.raises(ValueError, match=r"choose a layer whose output is one map"):
+    with pytest.raises(ValueError, match=r"gives \(1, 3, 6\) for 3 images, not \[3, C, h, w\]"):
         explain_pair(net, net.head[0], A, B)
 
 
@@ -184,13 +213,13 @@ class TestTransform:
         def forward(self, x):
             return self.last(self.conv(x).permute(0, 2, 3, 1)).mean(dim=(1, 2))
 
-    @pytest.mark.parametrize("embed", ["model", "pooled"])
+    @pytest.mark.parametrize("embedding", ["model", "pooled"])
     @pytest.mark.parametrize("transform", ["auto", lambda t: t.permute(0, 3, 1, 2)])
-    def test_gives_the_map_that_it_was_made_of(self, embed, transform):
+    def test_gives_the_map_that_it_was_made_of(self, embedding, transform):
         net = self.ChannelsLast().eval()
         a, b = torch.randn(2, 2, 3, 7, 9).unbind()
-        options = {"difference": True, "embed": embed, "contrast": torch.ones(1, 6)}
-        ours = explain_pair(net, "last", a, b, activation_transform=transform, **options)
+        options = {"difference": True, "embedding": embedding, "contrast": torch.ones(1, 6)}
+        ours = explain_pair(net, "last", a, b, reshape_transform=transform, **options)
         expected = explain_pair(net, "conv", a, b, **options)
         for name in ("map_a", "map_b", "score", "difference_a", "difference_b"):
             torch.testing.assert_close(getattr(ours, name), getattr(expected, name))
@@ -198,7 +227,7 @@ class TestTransform:
     def test_a_wrong_shape_is_refused(self):
         net = self.ChannelsLast().eval()
         a, b = torch.randn(2, 2, 3, 7, 9).unbind()
-        with pytest.raises(ValueError, match="keep the batch first"):
-            explain_pair(net, "last", a, b, activation_transform=torch.flatten)
+        with pytest.raises(ValueError, match="keeps the batch first"):
+            explain_pair(net, "last", a, b, reshape_transform=torch.flatten)
         with pytest.raises(ValueError, match='must be "auto"'):
-            explain_pair(net, "last", a, b, activation_transform="tokens")
+            explain_pair(net, "last", a, b, reshape_transform="tokens")

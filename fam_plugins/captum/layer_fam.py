@@ -11,22 +11,12 @@ from captum.log import log_usage
 from torch import Tensor, nn
 
 from fam_plugins.captum.targets import TensorOrTensors, batch_size, run_forward, select_scores
-from fam_plugins.core.layer_pass import LayerTensors, find_layer
-from fam_plugins.core.many import (
-    ModelScores,
-    as_column,
-    check_indices,
-    map_references,
-)
-from fam_plugins.core.maps import RulePass, check_finite
-from fam_plugins.core.rules import Rule, find_rule
-from fam_plugins.core.transforms import (
-    Transform,
-    check_transform,
-    lay_out,
-    refuse_unreached,
-    transform_for,
-)
+from fam_plugins.core.layer_pass import LayerTensors
+from fam_plugins.core.many import as_indices, map_references
+from fam_plugins.core.maps import MapPass
+from fam_plugins.core.rules import Rule, choose_rule, find_rule
+from fam_plugins.core.similarity_model import ModelScores
+from fam_plugins.core.transforms import Transform, check_transform
 
 __all__ = ["LayerFam"]
 
@@ -47,27 +37,28 @@ class LayerFam(LayerAttribution):
         layer: The layer whose output is the feature map ``[B, C, h, w]`` (2 to 5 dimensions
             work), or its name. The layer that is pooled into the embedding gives exact maps.
         device_ids: Accepted as in Captum; maps are computed on one device.
-        rule: ``"fam"`` (published; channel weights in [0, 1], no ReLU), ``"additive"`` (signed;
-            sums to the score), ``"centred"`` (``additive`` minus its mean; the best rule for
-            finding what matches), ``"gradcam"`` (as ``LayerGradCam``).
-        activation_transform: Rearranges what the layer gives into ``[B, C, ...]`` for layers that
+        rule: ``"centred"`` (``additive`` minus its mean; the best rule for finding what matches),
+            ``"additive"`` (signed; sums to the score), ``"gradcam"`` (as ``LayerGradCam``),
+            ``"fam"`` (published; channel weights in [0, 1], no ReLU), or a
+            :class:`~fam_plugins.Rule`. Left out, ``"fam"`` with a warning, because it hardly
+            depends on the target.
+        reshape_transform: Rearranges what the layer gives into ``[B, C, ...]`` for layers that
             put channels last: :class:`~fam_plugins.tokens_to_map` for tokens ``[B, T, C]``,
             :func:`~fam_plugins.channels_last_to_map` for Swin's ``[B, h, w, C]``, or ``"auto"`` to
-            have it told by the shapes of the pass (:func:`~fam_plugins.infer_transform`). A
+            read it from the shapes of the pass (:func:`~fam_plugins.infer_transform`). A
             function of your own must only move, select or reshape values, because the gradient
-            goes through it too.
+            goes through it too; it gets a tuple if the layer gives several tensors.
 
     Raises:
-        TypeError: If ``activation_transform`` cannot be called.
-        ValueError: If there is no such rule, or ``activation_transform`` is another string than
+        TypeError: If ``rule`` or ``reshape_transform`` is of no such kind.
+        ValueError: If there is no such rule, or ``reshape_transform`` is another string than
             ``"auto"``.
 
     Example:
         >>> import torch
         >>> from fam_plugins import SimilarityModel
         >>> encoder = nn.Sequential(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        >>> model = SimilarityModel(encoder, torch.eye(3))
-        >>> explainer = LayerFam(model, encoder[0], rule="additive")
+        >>> explainer = LayerFam(SimilarityModel(encoder, torch.eye(3)), "0", rule="additive")
         >>> maps, delta = explainer.attribute(
         ...     torch.rand(2, 3, 4, 4), target=1, return_convergence_delta=True
         ... )
@@ -81,14 +72,13 @@ class LayerFam(LayerAttribution):
         layer: nn.Module | str,
         device_ids: list[int] | None = None,
         *,
-        rule: str = "fam",
-        activation_transform: Transform | str | None = None,
+        rule: str | Rule | None = None,
+        reshape_transform: Transform | str | None = None,
     ) -> None:
         super().__init__(forward_func, layer, device_ids)
-        find_rule(rule)
-        check_transform(activation_transform, "activation_transform")
-        self.rule = rule
-        self.activation_transform = activation_transform
+        self.rule: str | Rule = choose_rule(rule)
+        check_transform(reshape_transform)
+        self.reshape_transform = reshape_transform
 
     @log_usage()
     def attribute(
@@ -108,69 +98,58 @@ class LayerFam(LayerAttribution):
         Args:
             inputs: Images ``[B, ...]``, or a tuple of tensors for models that take several.
             target: Which output to explain: an int for all images, or a list or tensor of one
-                index an image; tuples for outputs of more dimensions. ``None`` if the model
-                returns one number an image.
+                index per image; tuples for outputs of more dimensions. ``None`` if the model
+                returns one number per image.
             additional_forward_args: Further arguments of the model.
             attribute_to_layer_input: Explain the input of the layer instead of its output.
             relu_attributions: Set negative values to zero.
             attr_dim_summation: Sum over the channels; ``False`` keeps the full layer shape.
             grad_kwargs: Passed on to :func:`torch.autograd.grad`.
-            return_convergence_delta: With ``rule="additive"``: also return how far each map is
-                from adding up, at the price of a second forward pass.
+            return_convergence_delta: With a rule that adds up, such as ``"additive"``: also return
+                how far each map is from adding up, at the price of a second forward pass.
 
         Returns:
             Maps ``[B, 1, h, w]`` (``[B, 1]`` for a ``[B, F]`` layer), signed and not normalised,
             on the layer's device and in its dtype; a tuple if the layer gives several tensors.
             With ``return_convergence_delta`` a pair of that and ``[B]``: the map's sum plus the
-            constant term, minus the frozen score; zero to rounding where all behind the layer is
+            constant term, minus the score; zero to rounding where all behind the layer is
             linear, otherwise the size of the first-order error.
 
         Raises:
             AssertionError: On a bad target, or a layer that does not run.
             RuntimeError: If the layer runs twice, or the score does not depend on it.
             TypeError: If the layer or the model gives something other than tensors.
-            ValueError: On an empty batch, a map that holds NaN, an unknown layer name, a
+            ValueError: On an empty batch, a map that holds NaN, an unknown layer name, a layer or
                 transform that gives another shape than ``[B, C, ...]`` or drops all that bears
-                the score (the class token of the last layer), a shape that ``"auto"`` cannot
-                tell, or a delta asked of a rule that does not add up.
+                the score (the class token of the last layer), a shape that leaves ``"auto"`` in
+                doubt, or a delta asked of a rule that does not add up.
 
         Warns:
             UserWarning: If rule ``"fam"`` meets a contrast set.
         """
-        rule = find_rule(self.rule)
-        if return_convergence_delta:
-            _check_adds_up(rule)
-        batch = batch_size(inputs)
-        as_usual = attr_dim_summation and not (
-            attribute_to_layer_input or grad_kwargs or return_convergence_delta
+        one = self._start(inputs, attribute_to_layer_input)
+        if return_convergence_delta and not one.rule.adds_up:
+            raise ValueError(
+                f'rule "{one.rule.name}" does not add up to the score, so it has no convergence '
+                'delta: use LayerFam(..., rule="additive")'
+            )
+        scores = ModelScores(self.forward_func)
+
+        def forward() -> Any:
+            return run_forward(scores.forward, inputs, additional_forward_args)
+
+        def score(end: Any) -> Tensor:
+            return scores.select(end, lambda output: select_scores(output, target))
+
+        end = one.run(forward, inputs)
+        (maps,) = one.maps(
+            lambda: score(end), sum_channels=attr_dim_summation, **(grad_kwargs or {})
         )
-        column = as_column(self.forward_func, target, batch) if as_usual else None
-        if column is not None:
-            return self.attribute_references(
-                inputs,
-                column,
-                additional_forward_args=additional_forward_args,
-                relu_attributions=relu_attributions,
-            ).squeeze(1)
-        one, forward = self._prepare(inputs, additional_forward_args, attribute_to_layer_input)
-        output = one.run(forward)
-        scores = select_scores(output, target)
-        (gradients,) = one.gradients(lambda: select_scores(output, target), **(grad_kwargs or {}))
-        (activations,) = one.activations
-        maps = []
-        for activation, gradient in zip(activations, gradients, strict=True):
-            transform = self._transform(activation, inputs)
-            a, g = _as_map(activation, transform, batch), _as_map(gradient, transform, batch)
-            if transform is not None:
-                refuse_unreached(gradient, g, find_layer(self.forward_func, self.layer)[1])
-            mapped = check_finite(rule.map(a, g, sum_channels=attr_dim_summation))
-            maps.append(mapped.contiguous())
-        shown = tuple(F.relu(part) if relu_attributions else part for part in maps)
-        result = shown if len(shown) > 1 else shown[0]
+        result = _shown(maps, relu_attributions)
         if not return_convergence_delta:
             return result
-        constant = one.constant(lambda: select_scores(forward(), target))
-        return result, _total(tuple(maps)) + constant - scores.detach()
+        constant = one.constant(lambda: score(forward()))
+        return result, _total(maps) + constant - one.scores
 
     @log_usage()
     def attribute_references(
@@ -190,13 +169,13 @@ class LayerFam(LayerAttribution):
 
         Args:
             inputs: As for :meth:`attribute`.
-            indices: Which references to explain: ``[B, k]``, a row an image, as a tensor, an
+            indices: Which references to explain: ``[B, k]``, a row per image, as a tensor, an
                 array (the ``I`` of faiss and of scikit-learn's ``kneighbors``) or a nested list;
                 all of them by default.
             additional_forward_args: As for :meth:`attribute`.
             relu_attributions: Set negative values to zero.
-            references_per_chunk: How many references an image are worked on at a time: bounds the
-                memory, changes nothing else.
+            references_per_chunk: How many references per image are worked on at a time: bounds
+                the memory, changes nothing else.
 
         Returns:
             Maps ``[B, k, 1, h, w]`` in the order of ``indices`` (``[B, N, 1, h, w]`` for all ``N``
@@ -214,20 +193,16 @@ class LayerFam(LayerAttribution):
         Warns:
             UserWarning: If rule ``"fam"`` meets a contrast set.
         """
-        batch = batch_size(inputs)
-        check_indices(self.forward_func, indices, batch, references_per_chunk)
-        layer, name = find_layer(self.forward_func, self.layer)
-        maps = map_references(
-            RulePass([layer], [name], find_rule(self.rule)),
-            find_rule(self.rule),
-            ModelScores(self.forward_func, inputs, additional_forward_args),
-            indices=indices,
-            as_map=lambda tensor: _as_map(tensor, self._transform(tensor, inputs), batch),
-            check=lambda before, after: refuse_unreached(before, after, name),
+        one, scores = self._start(inputs, False), ModelScores(self.forward_func)
+        (maps,) = map_references(
+            one,
+            scores,
+            lambda: run_forward(scores.forward, inputs, additional_forward_args),
+            inputs,
+            indices=as_indices(indices, scores, batch_size(inputs), references_per_chunk),
             per_chunk=references_per_chunk,
         )
-        shown = tuple(F.relu(m) if relu_attributions else m for m in map(check_finite, maps))
-        return shown if len(shown) > 1 else shown[0]
+        return _shown(maps, relu_attributions)
 
     def has_convergence_delta(self) -> bool:
         """Whether maps add up to the score: under the rule ``"additive"``."""
@@ -256,11 +231,15 @@ class LayerFam(LayerAttribution):
         Raises:
             ValueError: If the rule does not add up; and as for :meth:`attribute`.
         """
-        _check_adds_up(find_rule(self.rule))
-        one, forward = self._prepare(inputs, additional_forward_args, attribute_to_layer_input)
-        scores = select_scores(one.run(forward), target).detach()
-        constant = one.constant(lambda: select_scores(forward(), target))
-        return _total(_tuple(attributions)) + constant - scores
+        maps, delta = self.attribute(
+            inputs,
+            target,
+            additional_forward_args,
+            attribute_to_layer_input,
+            return_convergence_delta=True,
+        )
+        difference: Tensor = delta + _total(attributions) - _total(maps)
+        return difference
 
     def attribute_future(self, *_args: Any, **_kwargs: Any) -> None:
         """Not offered.
@@ -270,41 +249,21 @@ class LayerFam(LayerAttribution):
         """
         raise NotImplementedError("LayerFam has no asynchronous form: call attribute")
 
-    def _prepare(
-        self, inputs: TensorOrTensors, additional_forward_args: Any, at_input: bool
-    ) -> tuple[RulePass, Callable[[], Any]]:
-        layer, name = find_layer(self.forward_func, self.layer)
-        one = RulePass([layer], [name], find_rule(self.rule), at_input=at_input)
-        return one, lambda: run_forward(self.forward_func, inputs, additional_forward_args)
-
-    def _transform(self, given: Tensor, inputs: TensorOrTensors) -> Transform | None:
-        """The transform for what the layer gave in this pass."""
-        if not isinstance(self.activation_transform, str):
-            return self.activation_transform
-        layer, name = find_layer(self.forward_func, self.layer)
-        images = next((t.shape for t in _tuple(inputs) if t.dim() == 4), None)
-        return transform_for(self.forward_func, layer, name, given.shape, images)
-
-
-def _as_map(tensor: Tensor, transform: Transform | None, batch: int) -> Tensor:
-    if transform is None and tensor.dim() < 2:
-        raise ValueError(f"the layer gives shape {tuple(tensor.shape)}: a map needs [B, C, ...]")
-    return lay_out(tensor, transform, batch)
-
-
-def _check_adds_up(rule: Rule) -> None:
-    if not rule.adds_up:
-        raise ValueError(
-            f'rule "{rule.name}" does not add up to the score, so it has no convergence delta: '
-            'use LayerFam(..., rule="additive")'
+    def _start(self, inputs: TensorOrTensors, at_input: bool) -> MapPass:
+        batch_size(inputs)
+        return MapPass(
+            self.forward_func, [self.layer], self.rule, self.reshape_transform, at_input=at_input
         )
 
 
-def _tuple(tensors: TensorOrTensors) -> LayerTensors:
-    return tensors if isinstance(tensors, tuple) else (tensors,)
+def _shown(maps: LayerTensors, relu: bool) -> TensorOrTensors:
+    """One tensor, or as many as the layer gives; positive parts if asked for."""
+    shown = tuple(F.relu(part) for part in maps) if relu else maps
+    return shown if len(shown) > 1 else shown[0]
 
 
-def _total(maps: LayerTensors) -> Tensor:
+def _total(maps: TensorOrTensors) -> Tensor:
     """The sum of each image's maps, ``[B]``."""
-    total: Tensor = sum(part.flatten(1).sum(dim=1) for part in maps)  # type: ignore[assignment]
+    parts = maps if isinstance(maps, tuple) else (maps,)
+    total: Tensor = sum(part.flatten(1).sum(dim=1) for part in parts)  # type: ignore[assignment]
     return total

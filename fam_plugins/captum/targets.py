@@ -25,18 +25,9 @@ def run_forward(forward_func: Callable[..., Any], inputs: Any, additional_forwar
 
 
 def select_scores(output: Any, target: Any) -> Tensor:
-    """Select one score an image, with Captum's rules for targets.
+    """One score per image ``[B]`` of an output ``[B, ...]``, with Captum's targets and errors.
 
-    Args:
-        output: What the model returned, ``[B]`` or ``[B, ...]``.
-        target: Captum's target: ``None``, an int, a tuple, a list or a tensor of ints.
-
-    Returns:
-        ``[B]``; a model that returns one number for the whole batch keeps it.
-
-    Raises:
-        AssertionError: On a bad target, as Captum's own methods.
-        TypeError: If the output is not a tensor.
+    A model that returns one number for the whole batch keeps it.
     """
     if not isinstance(output, Tensor):
         raise TypeError(
@@ -53,7 +44,7 @@ def select_scores(output: Any, target: Any) -> Tensor:
         ) from error
     if scores.dim() > 0 and scores[0].numel() != 1:
         raise AssertionError(
-            f"the output has shape {tuple(output.shape)}, which is more than one score an image: "
+            f"the output has shape {tuple(output.shape)}, which is more than one score per image: "
             "pass target=, the index of the class or reference to explain"
         )
     return scores.reshape(len(scores)) if scores.dim() > 0 else scores
@@ -74,23 +65,21 @@ def _plain(target: Any) -> Any:
 
 def _check_range(output: Tensor, target: Any) -> None:
     """Refuse an index that torch would report badly: on CUDA, by killing the process."""
+    single = isinstance(target, int) or (isinstance(target, Tensor) and target.numel() == 1)
     if isinstance(target, Tensor):
         if target.is_floating_point() or target.is_complex():
             raise AssertionError(f"target has dtype {target.dtype}: pass integers (target.long())")
-        if target.numel() == 1:
-            chosen, lowest = [int(target)], -1
-        else:
-            chosen, lowest = target.flatten().tolist(), 0
-    elif isinstance(target, int):
-        chosen, lowest = [target], -1
-    elif isinstance(target, list) and all(isinstance(t, int) for t in target):
-        chosen, lowest = target, 0
+        chosen = target.flatten().tolist()
     else:
-        return
-    if output.dim() < 2:
+        chosen = [target] if single else target
+    if (
+        output.dim() < 2
+        or not isinstance(chosen, list)
+        or not all(isinstance(t, int) for t in chosen)
+    ):
         return
     count = output.shape[1]
-    wrong = [t for t in chosen if not (lowest * count) <= t < count]
+    wrong = [t for t in chosen if not (-count if single else 0) <= t < count]
     if wrong:
         raise AssertionError(
             f"target {wrong[0]} is out of range: the model has {count} outputs, "
@@ -99,12 +88,7 @@ def _check_range(output: Tensor, target: Any) -> None:
 
 
 def batch_size(inputs: TensorOrTensors) -> int:
-    """The number of images in Captum's ``inputs``.
-
-    Raises:
-        TypeError: If they are neither a tensor nor a tuple of tensors.
-        ValueError: If there are none.
-    """
+    """The number of images in Captum's ``inputs``, a tensor or a tuple of tensors."""
     first = inputs[0] if isinstance(inputs, tuple) else inputs
     if not isinstance(first, Tensor):
         raise TypeError(f"inputs must be a tensor or a tuple of tensors, not {type(inputs)}")

@@ -1,4 +1,4 @@
-"""Looking at a model in eval mode without changing it."""
+"""Running a user's module: in eval mode for a while, and at the place where its weights are."""
 
 from __future__ import annotations
 

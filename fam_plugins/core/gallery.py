@@ -13,12 +13,7 @@ __all__ = ["Gallery", "is_on_disk"]
 
 
 def is_on_disk(references: object) -> bool:
-    """Whether references are a memory-mapped array, to be read in parts instead of copied.
-
-    Example:
-        >>> is_on_disk(np.eye(2))
-        False
-    """
+    """Whether references are a memory-mapped array, to be read in parts instead of copied."""
     return isinstance(references, np.memmap)
 
 
@@ -76,40 +71,26 @@ class Gallery:
         return torch.Size(self.array.shape)
 
     def rows(self, indices: Tensor, *, like: Tensor) -> Tensor:
-        """Read some rows.
-
-        Args:
-            indices: ``[n]``.
-            like: A tensor on the device and in the dtype to return them in.
-
-        Returns:
-            ``[n, D]``, a copy.
-
-        Raises:
-            ValueError: If a row read is not finite, or all zero where that cannot be compared.
-        """
+        """Copy rows ``[n]`` -> ``[n, D]``, on the device and in the dtype of ``like``."""
         wanted = indices.cpu().numpy()
         return self._checked(np.array(self.array[wanted]), wanted, like)
 
     def chunks(self, *, like: Tensor) -> Iterator[Tensor]:
-        """Read all rows, in parts of at most :attr:`values_per_part` numbers.
-
-        Raises:
-            ValueError: As for :meth:`rows`.
-        """
+        """Copy all rows, in parts of at most :attr:`values_per_part` numbers."""
         step = max(1, self.values_per_part // self.shape[1])
         for start in range(0, len(self), step):
             part = np.array(self.array[start : start + step])
             yield self._checked(part, np.arange(start, start + len(part)), like)
 
     def _checked(self, part: Any, numbers: Any, like: Tensor) -> Tensor:
+        """``[n, D]`` as a tensor, refused with the row's number where it cannot be compared."""
         rows = torch.from_numpy(part.astype(part.dtype.newbyteorder("="), copy=False)).to(like)
         length = torch.linalg.vector_norm(rows, ord=float("inf"), dim=1)
         bad = ~torch.isfinite(length)
         problem = f"holds NaN, infinite values, or values beyond {like.dtype}"
         if not self._allow_zero and not bad.any():
             bad = length == 0
-            problem = 'is all zero, so it has no cosine (similarity="dot" or "euclidean" work)'
+            problem = 'is all zero, so it has no cosine (similarity="dot" or "sqeuclidean" work)'
         if bad.any():
             number = numbers[int(bad.nonzero()[0])]
             raise ValueError(f"gallery row {number} {problem}: write it again, or leave it out")

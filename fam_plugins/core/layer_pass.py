@@ -7,8 +7,8 @@ the tail (usually a pooling and a matrix product) gives the gradient. Parameters
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -17,19 +17,17 @@ from torch.utils.hooks import RemovableHandle
 
 from fam_plugins.core.messages import unknown_name
 
-__all__ = ["LayerPass", "LayerTensors", "backward_many", "find_layer"]
-
+__all__ = ["LayerPass", "LayerTensors", "find_layer", "products", "recording"]
 
 T = TypeVar("T")
 LayerTensors = tuple[Tensor, ...]
 
 
-@dataclass
-class _Slot:
-    """What one layer gave in a pass; ``None`` until it has run."""
-
-    name: str
-    tensors: LayerTensors | None = None
+@contextmanager
+def recording() -> Iterator[None]:
+    """Let autograd record, whatever mode the user is in."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
 
 
 class LayerPass:
@@ -47,8 +45,8 @@ class LayerPass:
         >>> pooled = nn.Sequential(nn.ReLU(), nn.Flatten())
         >>> one = LayerPass([pooled[0]], ["relu"])
         >>> out = one.run(lambda: pooled(torch.tensor([[-1.0, 2.0]])))
-        >>> one.gradients(lambda: (out * torch.tensor([3.0, 4.0])).sum(dim=1))
-        [(tensor([[3., 4.]]),)]
+        >>> one.gradients(out, torch.tensor([[[3.0, 4.0]]]))
+        [[tensor([[[3., 4.]]])]]
     """
 
     def __init__(
@@ -61,7 +59,8 @@ class LayerPass:
         differentiate: bool = True,
     ) -> None:
         self._layers = list(layers)
-        self._slots = {layer: _Slot(name) for layer, name in zip(layers, names, strict=True)}
+        self._names = dict(zip(layers, names, strict=True))
+        self._kept: dict[nn.Module, LayerTensors] = {}
         self._at_input = at_input
         self._zeros = zeros
         self._differentiate = differentiate
@@ -77,128 +76,95 @@ class LayerPass:
         """
         handles: list[RemovableHandle] = []
         try:
-            for layer, slot in self._slots.items():
-                handles.append(self._watch(layer, slot))
+            for layer in self._names:
+                handles.append(self._watch(layer))
             # Leaving the block restores the caller's gradient mode, whatever the hooks set.
             with torch.inference_mode(False), torch.no_grad():
                 output = forward()
         finally:
             for handle in handles:
                 handle.remove()
-        silent = [slot.name for slot in self._slots.values() if slot.tensors is None]
-        if silent:
-            raise AssertionError(
-                f"layer {silent[0]!r} did not run in the forward pass: choose a layer that the "
-                "model calls for these inputs (and explain the model itself, not a compiled copy)"
-            )
+        for layer, name in self._names.items():
+            if layer not in self._kept:
+                raise AssertionError(
+                    f"layer {name!r} did not run in the forward pass: choose a layer that the "
+                    "model calls for these inputs (and explain the model itself, not a compiled "
+                    "copy)"
+                )
         return output
 
     @property
+    def tracked(self) -> list[LayerTensors]:
+        """What each layer gave, in the order of the layers, in the graph of the tail."""
+        return [self._kept[layer] for layer in self._layers]
+
+    @property
     def activations(self) -> list[LayerTensors]:
-        """What each layer gave, detached, in the order in which the layers were named."""
-        return [
-            tuple(tensor.detach() for tensor in self._slots[layer].tensors or ())
-            for layer in self._layers
-        ]
+        """What each layer gave, in the order of the layers, detached."""
+        return [tuple(tensor.detach() for tensor in tensors) for tensors in self.tracked]
 
-    def gradients(self, score: Callable[[], Tensor], **grad_kwargs: Any) -> list[LayerTensors]:
-        """Differentiate a score with respect to what each layer gave.
-
-        Args:
-            score: Computes scores of any shape from the output of :meth:`run`; their sum is
-                differentiated, so every image must only contribute to its own.
-            **grad_kwargs: Passed on to :func:`torch.autograd.grad`.
-
-        Returns:
-            One tuple a layer, shaped like its entry in :attr:`activations`.
-
-        Raises:
-            RuntimeError: If the score does not depend on a layer.
-        """
-        slots = [self._slots[layer] for layer in self._layers]
-        tracked = [tensor for slot in slots for tensor in slot.tensors or ()]
-        with torch.inference_mode(False), torch.enable_grad():
-            total = score().sum()
-            if not total.requires_grad:
-                raise RuntimeError(_cut_off(slots[0].name))
-            grad_kwargs.setdefault("allow_unused", True)
-            flat = iter(torch.autograd.grad(total, tracked, **grad_kwargs))
-        found = []
-        for slot in slots:
-            grads = [(tensor, next(flat)) for tensor in slot.tensors or ()]
-            if all(grad is None for _, grad in grads):
-                raise RuntimeError(_cut_off(slot.name))
-            # A layer may give several tensors of which the score uses only some.
-            found.append(tuple(torch.zeros_like(t) if g is None else g.detach() for t, g in grads))
-        return found
-
-    def many_gradients(self, output: Tensor, cotangents: Tensor) -> list[list[Tensor]]:
-        """Differentiate many weighted sums of an output at once; may be called repeatedly.
+    def gradients(
+        self, output: Tensor, cotangents: Tensor, **grad_kwargs: Any
+    ) -> list[list[Tensor]]:
+        """Differentiate weighted sums of an output with respect to what each layer gave.
 
         Args:
             output: A tensor of the pass of :meth:`run`, of any shape.
             cotangents: ``[c, *output.shape]``: the weights of each sum.
+            **grad_kwargs: Passed on to :func:`torch.autograd.grad`.
 
         Returns:
-            One list a layer, of tensors ``[c, ...]`` shaped behind ``c`` like its entry in
+            One list per layer, of tensors ``[c, ...]`` shaped behind ``c`` like its entry in
             :attr:`activations`.
 
         Raises:
             RuntimeError: If the output does not depend on a layer.
         """
-        slots = [self._slots[layer] for layer in self._layers]
-        tracked = [tensor for slot in slots for tensor in slot.tensors or ()]
-        with torch.inference_mode(False), torch.enable_grad():
-            if not output.requires_grad:
-                raise RuntimeError(_cut_off(slots[0].name))
-            flat = iter(backward_many(output, tracked, cotangents))
+        if not output.requires_grad:
+            raise RuntimeError(_cut_off(self._names[self._layers[0]]))
+        flat = [tensor for tensors in self.tracked for tensor in tensors]
+        with recording():
+            products_of = iter(products(output, flat, cotangents, **grad_kwargs))
         found = []
-        for slot in slots:
-            grads = [(tensor, next(flat)) for tensor in slot.tensors or ()]
-            if all(grad is None for _, grad in grads):
-                raise RuntimeError(_cut_off(slot.name))
+        for layer, tensors in zip(self._layers, self.tracked, strict=True):
+            grads = [next(products_of) for _ in tensors]
+            if all(grad is None for grad in grads):
+                raise RuntimeError(_cut_off(self._names[layer]))
+            # A layer may give several tensors of which the score uses only some.
             found.append(
                 [
                     t.detach().new_zeros(len(cotangents), *t.shape) if g is None else g.detach()
-                    for t, g in grads
+                    for t, g in zip(tensors, grads, strict=True)
                 ]
             )
         return found
 
-    def _watch(self, layer: nn.Module, slot: _Slot) -> RemovableHandle:
+    def _watch(self, layer: nn.Module) -> RemovableHandle:
         if self._at_input:
+            return layer.register_forward_pre_hook(lambda _, args: self._keep(layer, args))
+        return layer.register_forward_hook(lambda _, __, output: self._keep(layer, output))
 
-            def before(_module: nn.Module, args: Any) -> Any:
-                return self._keep(slot, args)
-
-            return layer.register_forward_pre_hook(before)
-
-        def after(_module: nn.Module, _args: Any, output: Any) -> Any:
-            return self._keep(slot, output)
-
-        return layer.register_forward_hook(after)
-
-    def _keep(self, slot: _Slot, given: Any) -> Any:
-        if slot.tensors is not None:
+    def _keep(self, layer: nn.Module, given: Any) -> Any:
+        """Keep what the layer gives, and hand the model a copy of it to go on from."""
+        name = self._names[layer]
+        if layer in self._kept:
             raise RuntimeError(
-                f"layer {slot.name!r} ran twice in one forward pass, so its map would be that of "
-                "only one of the runs: embed references once beforehand (SimilarityModel does), "
-                "give a reused ReLU its own module, and unwrap DataParallel (model.module)"
+                f"layer {name!r} ran twice in one forward pass, so its map would be that of only "
+                "one of the runs: embed references once beforehand (SimilarityModel does), give a "
+                "reused ReLU its own module, and unwrap DataParallel (model.module)"
             )
         parts = list(given) if isinstance(given, (tuple, list)) else [given]
         where = [i for i, part in enumerate(parts) if isinstance(part, Tensor)]
         if not where or not all(parts[i].is_floating_point() for i in where):
+            kinds = [str(p.dtype) if isinstance(p, Tensor) else type(p).__name__ for p in parts]
             raise TypeError(
-                f"layer {slot.name!r} gives {_kinds(parts)}, not floating-point tensors: choose "
-                "the layer inside it whose output is a feature map"
+                f"layer {name!r} gives {', '.join(kinds)}, not floating-point tensors: choose the "
+                "layer inside it whose output is a feature map"
             )
-        kept = []
-        for i in where:
-            tensor = self._start(parts[i])
-            kept.append(tensor)
+        self._kept[layer] = tuple(self._start(parts[i]) for i in where)
+        for i, tensor in zip(where, self._kept[layer], strict=True):
             # A copy goes on, so that in-place operations behind the layer cannot change the map.
             parts[i] = tensor.clone()
-        slot.tensors = tuple(kept)
         self._tracking = True
         if not isinstance(given, (tuple, list)):
             return parts[0]
@@ -216,24 +182,40 @@ class LayerPass:
         return tensor.detach().requires_grad_()
 
 
+def products(
+    output: Tensor, inputs: Sequence[Tensor], cotangents: Tensor, **grad_kwargs: Any
+) -> list[Tensor | None]:
+    """Vector-Jacobian products for cotangents ``[c, *output.shape]``: per input ``[c, ...]``.
+
+    ``None`` for an input that the output does not depend on. Several cotangents keep the graph and
+    go side by side where the operations allow it.
+    """
+    cotangents = cotangents.to(output)
+    grad_kwargs.setdefault("allow_unused", True)
+    if len(cotangents) == 1:
+        found = torch.autograd.grad(output, inputs, cotangents[0], **grad_kwargs)
+        return [None if grad is None else grad[None] for grad in found]
+    grad_kwargs["retain_graph"] = True
+    try:
+        return list(
+            torch.autograd.grad(output, inputs, cotangents, is_grads_batched=True, **grad_kwargs)
+        )
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        # Somebody's own autograd function cannot be vectorised: one step at a time.
+        steps = [torch.autograd.grad(output, inputs, one, **grad_kwargs) for one in cotangents]
+    return [
+        None if any(part is None for part in parts) else torch.stack(parts)
+        for parts in zip(*steps, strict=True)
+    ]
+
+
 def find_layer(model: object, layer: nn.Module | str | None) -> tuple[nn.Module, str]:
-    """Resolve a layer given as a module or by name.
+    """Resolve a layer of a model, or of a bound method's module, to the module and its name.
 
-    Args:
-        model: The module, or the bound method of one, whose layers are meant. Inside a model
-            with an ``encoder``, names may start at the encoder.
-        layer: The module itself, or its dotted name as in ``named_modules()``.
-
-    Returns:
-        The module and the name to call it in messages.
-
-    Raises:
-        TypeError: If ``layer`` is neither a module nor a name.
-        ValueError: If there is no layer of that name; the closest names are suggested.
-
-    Example:
-        >>> find_layer(nn.Sequential(nn.ReLU()), "0")
-        (ReLU(), '0')
+    Inside a model with an ``encoder``, names may start at the encoder. A layer given as a module
+    need not be part of the model.
     """
     root = model if isinstance(model, nn.Module) else getattr(model, "__self__", None)
     if isinstance(layer, nn.Module):
@@ -256,52 +238,6 @@ def find_layer(model: object, layer: nn.Module | str | None) -> tuple[nn.Module,
 
 def _cut_off(name: str) -> str:
     return (
-        f"the score does not depend on layer {name!r} in a way that can be differentiated: "
-        "choose a layer on the path to the score, and remove torch.no_grad() or .detach() "
-        "between them (to freeze weights, requires_grad_(False) is enough)"
+        f"the score does not depend on layer {name!r} in a way that can be differentiated: choose "
+        "a layer on the path to the score, and remove torch.no_grad() or .detach() between them"
     )
-
-
-def _kinds(parts: list[Any]) -> str:
-    return ", ".join(
-        str(part.dtype) if isinstance(part, Tensor) else type(part).__name__ for part in parts
-    )
-
-
-def backward_many(
-    output: Tensor, inputs: Sequence[Tensor], cotangents: Tensor
-) -> list[Tensor | None]:
-    """Vector-Jacobian products of one output for many vectors; the graph is kept.
-
-    Args:
-        output: A tensor of any shape.
-        inputs: What to differentiate it with respect to.
-        cotangents: ``[c, *output.shape]``.
-
-    Returns:
-        For every input ``[c, *input.shape]``, or ``None`` if the output does not depend on it.
-
-    Example:
-        >>> x = torch.ones(2, requires_grad=True)
-        >>> backward_many(3 * x, [x], torch.eye(2))[0]
-        tensor([[3., 0.],
-                [0., 3.]])
-    """
-    cotangents = cotangents.to(output)
-    try:
-        found = torch.autograd.grad(
-            output, inputs, cotangents, retain_graph=True, allow_unused=True, is_grads_batched=True
-        )
-        return list(found)
-    except torch.cuda.OutOfMemoryError:
-        raise
-    except RuntimeError:
-        # Somebody's own autograd function cannot be vectorised: one step at a time.
-        steps = [
-            torch.autograd.grad(output, inputs, one, retain_graph=True, allow_unused=True)
-            for one in cotangents
-        ]
-    return [
-        None if any(part is None for part in parts) else torch.stack(parts)
-        for parts in zip(*steps, strict=True)
-    ]

@@ -1,178 +1,91 @@
-"""Maps for many references from one forward pass of the queries."""
+"""Maps for many references from one forward pass of the queries.
+
+Behind a layer there is usually a global average pooling, perhaps followed by a linear projection.
+Then the gradient of any direction in the embedding is a matrix product away and the same at every
+region. Whether that is so is not guessed from module names but measured: a random direction is
+sent back through the tail once and compared with what the matrix predicts.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fam_plugins.captum.targets import run_forward
-from fam_plugins.core.gallery import Gallery
-from fam_plugins.core.layer_pass import LayerTensors, backward_many
-from fam_plugins.core.maps import RulePass
-from fam_plugins.core.rules import Rule, map_many
-from fam_plugins.core.similarity import full_precision
-from fam_plugins.core.similarity_model import SimilarityModel
+from fam_plugins.core.layer_pass import LayerTensors, products, recording
+from fam_plugins.core.maps import MapPass
+from fam_plugins.core.scores import full_precision
+from fam_plugins.core.similarity_model import ModelScores
 
-__all__ = [
-    "ModelScores",
-    "PooledTail",
-    "as_column",
-    "check_indices",
-    "directions",
-    "find_pooled_tail",
-    "map_references",
-]
+__all__ = ["as_indices", "map_references"]
 
-
-class ModelScores:
-    """A model's scores, or what they can be computed from more cheaply.
-
-    A :class:`SimilarityModel` ends for this purpose in its embedding, from which the gradients of
-    only the wanted references follow without a backward step through the network's tail. Any other
-    model ends in its scores ``[B, N]``.
-
-    Args:
-        forward_func: The model.
-        inputs: Its inputs, as for every Captum method.
-        additional_forward_args: Its further arguments.
-    """
-
-    def __init__(
-        self, forward_func: Callable[..., Any], inputs: Any, additional_forward_args: Any
-    ) -> None:
-        self._model = _similarity_model(forward_func)
-        run: Callable[..., Any] = forward_func if self._model is None else self._model.embed
-        self._call = (run, inputs, additional_forward_args)
-        self._end: Tensor | None = None
-
-    def run(self) -> Tensor:
-        """Run the model to its end ``[B, M]``.
-
-        Raises:
-            TypeError: If it returns something other than a tensor.
-            ValueError: If that is not ``[B, M]``.
-        """
-        end = run_forward(*self._call)
-        if not isinstance(end, Tensor):
-            raise TypeError(
-                f"the model returns a {type(end).__name__}, not a tensor: pass a function that "
-                "picks the scores out of it, such as lambda x: model(x)['logits']"
-            )
-        if end.dim() != 2:
-            raise ValueError(
-                f"the model returns shape {tuple(end.shape)}, not scores [B, N]: explain one "
-                "target at a time with attribute(target=...)"
-            )
-        self._end = end
-        return end
-
-    @property
-    def end(self) -> Tensor:
-        """What :meth:`run` has returned."""
-        assert self._end is not None
-        return self._end
-
-    @property
-    def count(self) -> int:
-        """The number of references."""
-        if self._model is not None:
-            return len(self._model.references)
-        return self.end.shape[1]
-
-    def directions(self, indices: Tensor) -> Tensor:
-        """Gradient of the scores at references ``[B, c]`` with respect to the end, ``[B, c, M]``.
-
-        To be called where scores are frozen as they were in the pass.
-        """
-        if self._model is not None:
-            return directions(self._model, self.end.detach(), indices)
-        return F.one_hot(indices, self.end.shape[1]).to(self.end.dtype)
+_IMAGES = 8
+"""Images per group: bounds what different references for every image cost together."""
 
 
 def map_references(
-    one: RulePass,
-    rule: Rule,
+    one: MapPass,
     scores: ModelScores,
+    forward: Callable[[], Any],
+    images: Any,
     *,
-    indices: Any,
-    as_map: Callable[[Tensor], Tensor],
-    check: Callable[[Tensor, Tensor], None],
+    indices: Tensor | None,
     per_chunk: int,
-) -> LayerTensors:
-    """Run the model once and map every wanted reference.
+) -> list[LayerTensors]:
+    """Run a model once on images and explain its scores at indices ``[B, k]``; all by default.
 
-    Args:
-        one: The pass to use.
-        rule: Its rule.
-        scores: The model and its inputs.
-        indices: ``[B, k]``, checked by :func:`check_indices`; ``None`` for all.
-        as_map: Rearranges what the layer gives into ``[B, C, ...]``.
-        check: Judges gradients as the layer has them beside the same ones rearranged.
-        per_chunk: How many references an image to hold gradients of at a time.
-
-    Returns:
-        One tensor ``[B, k, 1, ...]`` for each tensor that the layer gives.
-
-    Raises:
-        IndexError: If an index is out of the range of the model's outputs.
+    ``forward`` calls ``scores.forward``. Returns for each layer its maps ``[B, k, 1, ...]``; at
+    most ``per_chunk`` references per image are worked on at a time.
     """
-    end = one.run(scores.run)
-    batch = len(end)
+    end = one.run(forward, images)
+    if not isinstance(end, Tensor):
+        raise TypeError(
+            f"the model returns a {type(end).__name__}, not a tensor: pass a function that picks "
+            "the scores out of it, such as lambda x: model(x)['logits']"
+        )
+    if end.dim() != 2:
+        raise ValueError(
+            f"the model returns shape {tuple(end.shape)}, not scores [B, N]: explain one target at "
+            "a time"
+        )
+    count = end.shape[1] if scores.model is None else len(scores.model.references)
     # Inference mode would make tensors here that autograd refuses to index with.
     with torch.inference_mode(False):
         if indices is None:
-            chosen = torch.arange(scores.count, device=end.device).repeat(batch, 1)
+            chosen = torch.arange(count, device=end.device).repeat(len(end), 1)
         else:
-            chosen = _as_integers(indices).to(end.device, copy=True)
-            _check_range(chosen, scores.count)
-    activations = [as_map(tensor) for tensor in one.activations[0]]
-
-    def backward(cotangents: Tensor) -> list[Tensor]:
-        """Directions ``[c, B, M]`` -> gradients ``[c, B, C, R]`` of each tensor of the layer."""
-        found = one.many_gradients(end, cotangents)[0]
-        rearranged = []
-        for parts in found:
-            maps = torch.stack([as_map(part) for part in parts])
-            check(parts, maps)
-            rearranged.append(maps.flatten(3) if maps.dim() > 3 else maps[..., None])
-        return rearranged
-
+            _check_range(indices, count)
+            chosen = indices.to(end.device, copy=True)
     tail = None
-    if len(activations) == 1:
-        tail = find_pooled_tail(
-            lambda cotangents: backward(cotangents)[0],
+    if [len(maps) for maps in one.activations] == [1]:
+        tail = _find_pooled_tail(
+            lambda cotangents: one.gradients(end, cotangents, retain_graph=True)[0][0],
             end,
             count=chosen.shape[1],
             per_chunk=per_chunk,
         )
-    maps: list[list[Tensor]] = [[] for _ in activations]
+    chunks = []
     for part in torch.split(chosen, per_chunk, dim=1):
         with one.frozen():
-            wanted = scores.directions(part)
+            wanted = _directions(scores, end, part)
         if tail is not None:
-            gradients: Iterator[Tensor] = iter([tail.gradients(wanted)])
+            gradients = [[tail.gradients(wanted)]]
         else:
-            gradients = (g.transpose(0, 1) for g in backward(wanted.transpose(0, 1)))
-        for done, activation, gradient in zip(maps, activations, gradients, strict=True):
-            done.append(map_many(rule, activation, gradient))
-    one.warn_about_contrast(stacklevel=4)
-    return tuple(torch.cat(done, dim=1) for done in maps)
+            gradients = one.gradients(end, wanted.transpose(0, 1), retain_graph=True)
+        chunks.append(one.finish(gradients))
+    one.warn_about_contrast()
+    return [
+        tuple(torch.cat(parts, dim=1) for parts in zip(*of_layer, strict=True))
+        for of_layer in zip(*chunks, strict=True)
+    ]
 
 
-def check_indices(
-    forward_func: Callable[..., Any], indices: Any, batch: int, per_chunk: int
-) -> None:
-    """Refuse indices that cannot be meant, before any work.
-
-    Args:
-        forward_func: The model; the references of a :class:`SimilarityModel` are counted.
-        indices: What the user gave.
-        batch: The number of images.
-        per_chunk: References per chunk, which must be positive.
+def as_indices(indices: Any, scores: ModelScores, batch: int, per_chunk: int) -> Tensor | None:
+    """What a user gave as indices -> int64 ``[B, k]``, refused before any work if it is not.
 
     Raises:
         IndexError: If there is no reference of an index.
@@ -182,62 +95,32 @@ def check_indices(
     if per_chunk < 1:
         raise ValueError(f"references_per_chunk must be at least 1, not {per_chunk}")
     if indices is None:
-        return
-    chosen = _as_integers(indices)
-    if chosen.dim() != 2:
+        return None
+    try:
+        chosen = indices if isinstance(indices, Tensor) else torch.as_tensor(indices)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            "indices must be a tensor, an array or a nested list of integers [B, k] with rows of "
+            f"equal length: {error}"
+        ) from error
+    if chosen.is_floating_point() or chosen.is_complex() or chosen.dtype == torch.bool:
+        raise TypeError(
+            f"indices have dtype {chosen.dtype}: pass integers [B, k]; searches return "
+            "(distances, indices), and these may be the distances or a mask"
+        )
+    if chosen.dim() != 2 or chosen.shape[1] == 0:
         raise ValueError(
             f"indices have shape {tuple(chosen.shape)}: pass [B, k], a row of references for each "
             f"image; for the same references everywhere, [row] * {batch}"
         )
     if len(chosen) != batch:
         raise ValueError(
-            f"indices have {len(chosen)} rows and there are {batch} images: pass one row an image "
+            f"indices have {len(chosen)} rows and there are {batch} images: pass one row per image "
             "(were they searched with another batch?)"
         )
-    if chosen.shape[1] == 0:
-        raise ValueError("indices have no columns: ask for at least one reference an image")
-    model = _similarity_model(forward_func)
-    _check_range(chosen, None if model is None else len(model.references))
-
-
-def as_column(forward_func: Callable[..., Any], target: Any, batch: int) -> Tensor | None:
-    """Indices ``[batch, 1]`` for a target, if explaining it that way saves reading a gallery.
-
-    Args:
-        forward_func: The model.
-        target: Captum's target.
-        batch: The number of images.
-
-    Returns:
-        ``None`` where the model holds no memory-mapped gallery, or the target is not one index an
-        image; the usual road then judges it.
-    """
-    model = _similarity_model(forward_func)
-    if model is None or not isinstance(model.references, Gallery):
-        return None
-    try:
-        given = _as_integers(target).flatten()
-    except TypeError:
-        return None
-    if given.numel() not in (1, batch) or int(given.min()) < 0:
-        return None
-    return given.expand(batch)[:, None]
-
-
-def _as_integers(indices: Any) -> Tensor:
-    try:
-        given = indices if isinstance(indices, Tensor) else torch.as_tensor(indices)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(
-            "indices must be a tensor, an array or a nested list of integers [B, k] with rows of "
-            f"equal length: {error}"
-        ) from error
-    if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
-        raise TypeError(
-            f"indices have dtype {given.dtype}: pass integers [B, k]; searches return "
-            "(distances, indices), and these may be the distances or a mask"
-        )
-    return given.detach().to(torch.int64)
+    chosen = chosen.detach().to(torch.int64)
+    _check_range(chosen, None if scores.model is None else len(scores.model.references))
+    return chosen
 
 
 def _check_range(chosen: Tensor, count: int | None) -> None:
@@ -250,81 +133,61 @@ def _check_range(chosen: Tensor, count: int | None) -> None:
     if count is not None and high >= count:
         raise IndexError(
             f"index {high} is out of range: there are {count} references, so indices go from 0 to "
-            f"{count - 1} (was the gallery searched another one?)"
+            f"{count - 1} (was another gallery searched?)"
         )
 
 
-def _similarity_model(forward_func: Callable[..., Any]) -> SimilarityModel | None:
-    """The model itself, unless somebody has given it another forward pass."""
-    if not isinstance(forward_func, SimilarityModel):
-        return None
-    if type(forward_func).forward is not SimilarityModel.forward:
-        return None
-    return forward_func
+def _directions(scores: ModelScores, end: Tensor, indices: Tensor) -> Tensor:
+    """Gradient of the scores at ``[B, c]`` with respect to the end ``[B, M]``: ``[B, c, M]``."""
+    if scores.model is None:
+        return F.one_hot(indices, end.shape[1]).to(end.dtype)
+    parts = []
+    for group, chosen in zip(
+        torch.split(end.detach(), _IMAGES), torch.split(indices, _IMAGES), strict=True
+    ):
+        with recording():
+            rows, places = torch.unique(chosen, return_inverse=True)
+            leaf = group.clone().requires_grad_()
+            values = scores.model.score(leaf, rows)
+            (found,) = products(values, [leaf], F.one_hot(places.T, values.shape[1]))
+        if found is None:
+            found = leaf.detach().new_zeros(chosen.shape[1], *leaf.shape)
+        parts.append(found.detach().transpose(0, 1))
+    return torch.cat(parts)
 
 
-Backward = Callable[[Tensor], Tensor]
-"""Directions ``[c, B, M]`` at the end of the tail -> gradients ``[c, B, C, R]`` at its start."""
-
-
+@dataclass(frozen=True)
 class PooledTail:
-    """A tail that pools all regions alike and then applies one matrix, the same for every image.
+    """A tail that averages all regions and then applies a matrix ``[M, C]``; ``None``: identity."""
 
-    Args:
-        matrix: ``[M, C]``, or ``None`` for the identity: the embedding is the mean itself.
-        regions: The number of regions it averages.
-
-    Example:
-        >>> PooledTail(None, 4).gradients(torch.ones(1, 1, 2)).flatten()
-        tensor([0.2500, 0.2500])
-    """
-
-    def __init__(self, matrix: Tensor | None, regions: int) -> None:
-        self._matrix = matrix
-        self._regions = regions
+    matrix: Tensor | None
+    regions: int
 
     def gradients(self, directions: Tensor) -> Tensor:
         """Directions ``[B, c, M]`` -> gradients ``[B, c, C, 1]``, the same at every region."""
-        if self._matrix is not None:
+        if self.matrix is not None:
             with full_precision(directions.device):
-                directions = directions @ self._matrix
-        return (directions / self._regions)[..., None]
+                directions = directions @ self.matrix
+        return (directions / self.regions)[..., None]
 
 
-def find_pooled_tail(
-    backward: Backward, end: Tensor, *, count: int, per_chunk: int
+def _find_pooled_tail(
+    backward: Callable[[Tensor], Tensor], end: Tensor, *, count: int, per_chunk: int
 ) -> PooledTail | None:
-    """Find out whether a tail is pooling, or pooling and a matrix, by what it does to directions.
+    """Find out from what a tail does to directions ``[c, B, M]`` whether it is pooled.
 
-    Args:
-        backward: Sends directions back through the tail.
-        end: What the tail ends in, ``[B, M]``.
-        count: How many directions an image are wanted; the matrix is only looked for where
-            finding it takes fewer backward steps than that.
-        per_chunk: How many directions may be sent back at once.
-
-    Returns:
-        The tail, or ``None`` if it is something else, in half precision (where the comparison
-        could not tell) or not worth it.
-
-    Example:
-        >>> maps = torch.randn(2, 3, 4, requires_grad=True)
-        >>> end = maps.mean(dim=2)
-        >>> def backward(directions):
-        ...     return torch.stack([torch.autograd.grad(end, maps, d, retain_graph=True)[0]
-        ...                         for d in directions])
-        >>> find_pooled_tail(backward, end, count=2, per_chunk=2).gradients(torch.ones(2, 1, 3))[0]
-        tensor([[[0.2500],
-                 [0.2500],
-                 [0.2500]]])
+    ``backward`` returns ``[B, c, C, R]``. The matrix is only looked for where finding it takes
+    fewer steps than the ``count`` directions that are wanted. ``None`` in half precision too, where
+    the comparison could not tell.
     """
     if end.dtype not in (torch.float32, torch.float64) or count < 2:
         return None
     batch, width = end.shape
     # A generator of its own: asking for an explanation must not move the user's random numbers.
     generator = torch.Generator().manual_seed(0)
-    probe = torch.randn(batch, width, generator=generator, dtype=torch.float64).to(end)
-    answer = backward(probe[None])[0]
+    probe = torch.randn(batch, width, generator=generator, dtype=torch.float64, device="cpu")
+    probe = probe.to(end)
+    answer = backward(probe[None])[:, 0]
     channels, regions = answer.shape[1:]
     if not _close(answer[..., :1].expand_as(answer), answer):
         return None
@@ -338,7 +201,7 @@ def find_pooled_tail(
     rows = torch.zeros(steps * batch, width, dtype=end.dtype, device=end.device)
     rows[:width] = torch.eye(width, dtype=end.dtype, device=end.device)
     found = [
-        backward(chunk)[..., 0].flatten(0, 1)
+        backward(chunk)[..., 0].transpose(0, 1).flatten(0, 1)
         for chunk in torch.split(rows.reshape(steps, batch, width), per_chunk)
     ]
     pooled = PooledTail(torch.cat(found)[:width] * regions, regions)
@@ -354,44 +217,3 @@ def _close(predicted: Tensor, answer: Tensor) -> bool:
     scale = answer.abs().amax(dim=(1, 2), keepdim=True)
     gap = (predicted - answer).abs()
     return bool((gap <= 16 * torch.finfo(answer.dtype).eps * scale).all())
-
-
-_IMAGES = 8
-"""Images per group: bounds what different references for every image cost together."""
-
-
-def directions(model: SimilarityModel, embeddings: Tensor, indices: Tensor) -> Tensor:
-    """Gradient of the score of each chosen reference with respect to the embedding.
-
-    Inside :func:`fam_plugins.frozen_scores` that of the frozen score.
-
-    Args:
-        model: The references, their similarity and their contrast.
-        embeddings: ``[B, D]``.
-        indices: Which references, ``[B, c]``.
-
-    Returns:
-        ``[B, c, D]``, detached.
-
-    Raises:
-        ValueError: As for scoring the embeddings.
-
-    Example:
-        >>> model = SimilarityModel(torch.nn.Flatten(), torch.eye(2), similarity="dot")
-        >>> directions(model, torch.ones(1, 2), torch.tensor([[1, 0]]))
-        tensor([[[0., 1.],
-                 [1., 0.]]])
-    """
-    groups = zip(torch.split(embeddings, _IMAGES), torch.split(indices, _IMAGES), strict=True)
-    return torch.cat([_of_group(model, part, chosen) for part, chosen in groups])
-
-
-def _of_group(model: SimilarityModel, embeddings: Tensor, indices: Tensor) -> Tensor:
-    with torch.inference_mode(False), torch.enable_grad():
-        rows, places = torch.unique(indices, return_inverse=True)
-        leaf = embeddings.detach().clone().requires_grad_()
-        scores = model.score(leaf, rows)
-        (found,) = backward_many(scores, [leaf], F.one_hot(places.T, scores.shape[1]))
-    if found is None:
-        return leaf.detach().new_zeros(*indices.shape, leaf.shape[1])
-    return found.detach().transpose(0, 1)

@@ -1,8 +1,12 @@
-"""A layer pass under a rule: what both adapters do between a model and a map."""
+"""From a model and a score to finished maps: the one road that every explainer takes.
+
+one = MapPass(model, [layer], rule, transform)
+output = one.run(forward, images)
+(maps,) = one.maps(lambda: select(output, target))
+"""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
@@ -10,114 +14,229 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fam_plugins.core.layer_pass import LayerPass, LayerTensors
-from fam_plugins.core.rules import Rule
-from fam_plugins.core.similarity import Frozen, frozen_scores
+from fam_plugins.core.layer_pass import LayerPass, LayerTensors, find_layer, recording
+from fam_plugins.core.messages import warn_user
+from fam_plugins.core.rules import RULES, Rule, find_rule
+from fam_plugins.core.scores import Frozen, frozen_scores, full_precision
+from fam_plugins.core.transforms import Transform, check_transform, transform_for
 
-__all__ = ["RulePass", "check_finite"]
-
+__all__ = ["MapPass", "check_finite"]
 
 T = TypeVar("T")
 
 
-class RulePass:
-    """One forward pass whose scores are frozen if the rule asks for it.
+class MapPass:
+    """One forward pass of a model under a rule, and the maps of any score of what it returns.
 
     Args:
-        layers: The layers to explain.
-        names: What to call them in messages.
-        rule: The rule that the gradients are for.
+        model: The module, or the bound method or function of it, that is run.
+        layers: The layers to explain, or their names.
+        rule: A rule or its name; decides whether scores are frozen.
+        transform: Rearranges what a layer gives into ``[B, C, ...]``; ``"auto"`` reads it from the
+            shapes of the pass. It gets a tuple where a layer gives several tensors.
         at_input: Take each layer's input instead of its output.
+        regions: How many dimensions of regions a map must have; with any, one map per layer.
+
+    Attributes:
+        rule: The rule.
+        activations: After :meth:`run`, the maps ``[B, C, ...]`` of each layer, detached.
+        scores: After :meth:`maps`, the scores that were explained, detached.
 
     Example:
-        >>> import torch
-        >>> from fam_plugins.core.rules import RULES
-        >>> net = nn.Sequential(nn.ReLU(), nn.Flatten())
-        >>> one = RulePass([net[0]], ["relu"], RULES["additive"])
-        >>> out = one.run(lambda: net(torch.tensor([[-1.0, 2.0]])))
-        >>> one.gradients(lambda: out[:, 1])
-        [(tensor([[0., 1.]]),)]
+        >>> net = nn.Sequential(nn.ReLU(), nn.Flatten(), nn.Linear(4, 2))
+        >>> one, images = MapPass(net, ["0"], "additive"), torch.rand(3, 1, 2, 2)
+        >>> output = one.run(lambda: net(images), images)
+        >>> ((maps,),) = one.maps(lambda: output[:, 1])
+        >>> maps.shape
+        torch.Size([3, 1, 2, 2])
     """
+
+    scores: Tensor
 
     def __init__(
         self,
-        layers: Sequence[nn.Module],
-        names: Sequence[str],
-        rule: Rule,
+        model: object,
+        layers: Sequence[nn.Module | str | None],
+        rule: str | Rule,
+        transform: Transform | str | None = None,
         *,
         at_input: bool = False,
+        regions: int = 0,
     ) -> None:
-        self._where = (layers, names)
+        check_transform(transform)
+        self.rule = find_rule(rule)
+        self.activations: list[LayerTensors] = []
+        found = [find_layer(model, layer) for layer in layers]
+        self._where = [layer for layer, _ in found], [name for _, name in found]
         self._at_input = at_input
-        self._rule = rule
+        self._pass = LayerPass(*self._where, at_input=at_input)
+        self._model, self._regions = model, regions
+        self._given: Transform | str | None = transform
+        self._transforms: list[Transform | None] = []
         self._frozen = Frozen()
-        self._pass = LayerPass(layers, names, at_input=at_input)
 
-    def run(self, forward: Callable[[], T]) -> T:
-        """Run the model once; errors as for :meth:`fam_plugins.core.layer_pass.LayerPass.run`."""
-        with self.frozen():
-            return self._pass.run(forward)
+    def run(self, forward: Callable[[], T], images: Any) -> T:
+        """Run the model once on images, a tensor or a tuple of tensors that starts with one.
 
-    @property
-    def activations(self) -> list[LayerTensors]:
-        """What each layer gave, detached."""
-        return self._pass.activations
-
-    def gradients(self, score: Callable[[], Tensor], **grad_kwargs: Any) -> list[LayerTensors]:
-        """Differentiate the score that ``score`` computes from the output of :meth:`run`.
-
-        Warns:
-            UserWarning: If the rule is ``fam`` and the score has a contrast set.
+        Raises:
+            ValueError: If a layer gives no map per image; and as :meth:`LayerPass.run`.
         """
         with self.frozen():
-            found = self._pass.gradients(score, **grad_kwargs)
-        self.warn_about_contrast(stacklevel=4)
-        return found
-
-    def many_gradients(self, output: Tensor, cotangents: Tensor) -> list[list[Tensor]]:
-        """As :meth:`fam_plugins.core.layer_pass.LayerPass.many_gradients`."""
-        return self._pass.many_gradients(output, cotangents)
+            output = self._pass.run(forward)
+        inputs = images if isinstance(images, tuple) else (images,)
+        shape = next((tensor.shape for tensor in inputs if tensor.dim() == 4), None)
+        for index, (layer, name, given) in enumerate(
+            zip(*self._where, self._pass.activations, strict=True)
+        ):
+            transform = None if isinstance(self._given, str) else self._given
+            if isinstance(self._given, str) and len(given) == 1:
+                transform = transform_for(self._model, layer, name, given[0].shape, shape)
+            self._transforms.append(transform)
+            arranged = self._arranged(index, given)
+            self._check(name, transform, arranged, len(inputs[0]))
+            self.activations.append(arranged)
+        return output
 
     def frozen(self) -> AbstractContextManager[object]:
-        """Within the block, scores are frozen if the rule asks for it, as during :meth:`run`."""
-        return frozen_scores(self._frozen) if self._rule.frozen else nullcontext()
+        """Within the block, scores are frozen if the rule asks for it."""
+        return frozen_scores(self._frozen) if self.rule.frozen else nullcontext()
 
-    def warn_about_contrast(self, *, stacklevel: int = 3) -> None:
-        """Warn if the rule is ``fam`` and a score so far had a contrast set."""
-        if self._rule.name == "fam" and self._frozen.contrasted:
-            warnings.warn(
-                'rule "fam" rescales every channel to [0, 1], which undoes the contrast: with '
-                'contrast use rule="centred" (recommended), "additive" or "gradcam"',
-                UserWarning,
-                stacklevel=stacklevel + 1,
-            )
-
-    def constant(self, forward: Callable[[], Tensor]) -> Tensor:
-        """Evaluate the score at a layer of zeros: the part that no region can be given.
-
-        Costs a second forward pass. The scores stay frozen where :meth:`run` froze them.
+    def maps(
+        self, score: Callable[[], Tensor], *, sum_channels: bool = True, **grad_kwargs: Any
+    ) -> list[LayerTensors]:
+        """Explain scores ``[B]``, computed by ``score`` from the output of :meth:`run`.
 
         Args:
-            forward: Runs the model on the same inputs and selects the score ``[B]``.
+            score: Every image may contribute to its own score only.
+            sum_channels: Sum over the channels, or return each channel's part.
+            **grad_kwargs: Passed on to :func:`torch.autograd.grad`.
+
+        Returns:
+            For each layer its maps ``[B, 1 or C, ...]``, finite and contiguous.
+
+        Raises:
+            RuntimeError: If the score does not depend on a layer.
+            ValueError: As :meth:`finish`.
+        """
+        with recording(), self.frozen():
+            scores = score()
+            gradients = self.gradients(scores, torch.ones_like(scores)[None], **grad_kwargs)
+        self.scores = scores.detach()
+        self.warn_about_contrast()
+        maps = self.finish(gradients, sum_channels=sum_channels)
+        return [tuple(part[:, 0] for part in parts) for parts in maps]
+
+    def gradients(self, end: Tensor, cotangents: Tensor, **grad_kwargs: Any) -> list[list[Tensor]]:
+        """Cotangents ``[c, *end.shape]`` -> for each layer's maps gradients ``[B, c, C, R]``.
+
+        Raises:
+            ValueError: If the transform drops all that the score depends on.
+        """
+        found = self._pass.gradients(end, cotangents, **grad_kwargs)
+        return [self._columns(index, tensors) for index, tensors in enumerate(found)]
+
+    def finish(
+        self, gradients: list[list[Tensor]], *, sum_channels: bool = True
+    ) -> list[LayerTensors]:
+        """Gradients ``[B, c, C, R or 1]`` -> for each layer its maps ``[B, c, 1 or C, ...]``.
+
+        In at least float32: a sum over hundreds of channels in half precision loses what the map
+        is about, the differences between regions. Then in the dtype of the layer.
+
+        Raises:
+            ValueError: If a map holds NaN, or the rule returns weights of another shape.
+        """
+        return [
+            tuple(
+                self._finished(activation, gradient, sum_channels)
+                for activation, gradient in zip(activations, of_layer, strict=True)
+            )
+            for activations, of_layer in zip(self.activations, gradients, strict=True)
+        ]
+
+    def pooled(self) -> Tensor:
+        """The mean of the one layer's map over its regions, ``[B, C]``, in the graph."""
+        with recording():
+            (given,) = self._arranged(0, self._pass.tracked[0])
+            wide = given.to(torch.promote_types(given.dtype, torch.float32))
+            return wide.flatten(2).mean(dim=2).to(given.dtype)
+
+    def constant(self, forward: Callable[[], Tensor]) -> Tensor:
+        """The score at layers of zeros, frozen as before: the part that no region can be given.
+
+        Costs a second forward pass: ``forward`` runs the model anew and selects the scores.
         """
         zeros = LayerPass(*self._where, at_input=self._at_input, zeros=True)
-        with frozen_scores(self._frozen, replay=True):
+        with self.replayed():
             return zeros.run(forward)
+
+    def replayed(self) -> AbstractContextManager[object]:
+        """Within the block, scores are the linear functions that :meth:`maps` explained."""
+        return frozen_scores(self._frozen, replay=True)
+
+    def warn_about_contrast(self) -> None:
+        """Warn if the rule is the published one and a score so far had a contrast set."""
+        if self.rule is RULES["fam"] and self._frozen.contrasted:
+            warn_user(
+                'rule "fam" rescales every channel to [0, 1], which undoes the contrast: with '
+                'contrast use rule="centred" (recommended), "additive" or "gradcam"'
+            )
+
+    def _arranged(self, index: int, given: Sequence[Tensor]) -> LayerTensors:
+        """What a layer gave, or its gradient, as maps ``[B, C, ...]``."""
+        transform = self._transforms[index]
+        if transform is None:
+            return tuple(given)
+        return (transform(given[0] if len(given) == 1 else tuple(given)),)
+
+    def _check(
+        self, name: str, transform: Transform | None, maps: LayerTensors, batch: int
+    ) -> None:
+        """Refuse what is no map per image."""
+        source = f"layer {name!r}" if transform is None else "reshape_transform"
+        if len(maps) > 1 and self._regions:
+            raise ValueError(
+                f"{source} gives {len(maps)} tensors: pass a reshape_transform that picks one and "
+                "lays it out as [B, C, h, w]"
+            )
+        for part in maps:
+            shape = tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__
+            if isinstance(shape, str) or len(shape) < 2 + self._regions or shape[0] != batch:
+                raise ValueError(
+                    f"{source} gives {shape} for {batch} images, not [{batch}, C, h, w]: pass a "
+                    "reshape_transform that keeps the batch first and puts the channels second"
+                )
+
+    def _columns(self, index: int, tensors: list[Tensor]) -> list[Tensor]:
+        """Gradients ``[c, B, ...]`` of what a layer gave -> of its maps, ``[B, c, C, R]``."""
+        if self._transforms[index] is not None:
+            steps = zip(*tensors, strict=True)
+            arranged = torch.stack([self._arranged(index, step)[0] for step in steps])
+            dropped = len(tensors) == 1 and arranged.numel() < tensors[0].numel()
+            if dropped and not arranged.any() and tensors[0].any():
+                # A picture of nothing: after the last block a class token is the embedding, and
+                # no patch of that layer has a share in it.
+                raise ValueError(
+                    f"the score reaches layer {self._where[1][index]!r} only through what the "
+                    "transform drops (the class token): explain an earlier layer, such as the last "
+                    "block's first norm (timm: blocks[-1].norm1, torchvision: "
+                    "encoder.layers[-1].ln_1), or embed by the mean of the patches (timm: "
+                    'global_pool="avg")'
+                )
+            tensors = [arranged]
+        return [(g.flatten(3) if g.dim() > 3 else g[..., None]).transpose(0, 1) for g in tensors]
+
+    def _finished(self, activation: Tensor, gradients: Tensor, sum_channels: bool) -> Tensor:
+        wide = torch.promote_types(activation.dtype, torch.float32)
+        regions = activation.flatten(2) if activation.dim() > 2 else activation[..., None]
+        with torch.no_grad(), full_precision(activation.device):
+            maps = self.rule.apply(regions.to(wide), gradients.to(wide), sum_channels=sum_channels)
+        shape = (*maps.shape[:3], *activation.shape[2:])
+        return check_finite(maps.to(activation.dtype).reshape(shape).contiguous())
 
 
 def check_finite(attribution: Tensor) -> Tensor:
-    """Return a map as it is, or refuse it: pictures and metrics would show NaN as evidence.
-
-    Args:
-        attribution: A map of any shape.
-
-    Raises:
-        ValueError: If a value is NaN or infinite.
-
-    Example:
-        >>> check_finite(torch.ones(1))
-        tensor([1.])
-    """
+    """Return a map of any shape as it is, or refuse NaN: pictures would show it as evidence."""
     if not torch.isfinite(attribution).all():
         raise ValueError(
             "the map holds NaN or infinite values: check the input and the weights, and for "

@@ -1,54 +1,48 @@
-"""Names in error messages: what a wrong name may have meant."""
+"""What users read while the package works: suggestions for wrong names, warnings, progress bars."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import sys
+import warnings
+from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
-__all__ = ["unknown_name", "with_progress"]
+__all__ = ["unknown_name", "warn_user", "with_progress"]
+
+T = TypeVar("T")
+
+_NOT_THE_USER = ("fam_plugins", "captum", "pytorch_grad_cam", "torch", "contextlib")
 
 
-def unknown_name(kind: str, name: object, known: Iterable[str], *, most: int = 12) -> str:
-    """Say that ``name`` is no known ``kind``, what it may have meant, and what there is.
-
-    Args:
-        kind: What the name stands for, such as ``"rule"``.
-        name: What the user gave.
-        known: The valid names, in the order to show them.
-        most: How many valid names to list at the most.
-
-    Returns:
-        One sentence for an error message.
+def unknown_name(
+    kind: str, name: object, known: Iterable[str], *, aliases: Mapping[str, str] | None = None
+) -> str:
+    """One sentence for an error message: the closest known names, and the first twelve of all.
 
     Example:
         >>> unknown_name("rule", "aditive", ["fam", "additive"])
         "unknown rule 'aditive': did you mean 'additive'? There are 'fam', 'additive'"
     """
     names = list(known)
-    close = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
-    meant = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
-    listed = ", ".join(map(repr, names[:most])) + (", ..." if len(names) > most else "")
+    also = dict(aliases or {})
+    close = difflib.get_close_matches(str(name).lower(), [*names, *also], n=3, cutoff=0.5)
+    close = list(dict.fromkeys(also.get(found, repr(found)) for found in close))
+    meant = f"did you mean {' or '.join(close)}? " if close else ""
+    listed = ", ".join(map(repr, names[:12])) + (", ..." if len(names) > 12 else "")
     return f"unknown {kind} {name!r}: {meant}There are {listed}"
 
 
-T = TypeVar("T")
+def warn_user(message: str) -> None:
+    """Warn at the user's own line, however many frames of ours and the partners' lie between."""
+    level, frame = 1, sys._getframe()
+    while frame.f_globals.get("__name__", "").partition(".")[0] in _NOT_THE_USER and frame.f_back:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, UserWarning, stacklevel=level)
 
 
 def with_progress(items: Iterable[T], description: str) -> Iterable[T]:
-    """A bar for work of more than two seconds. Both partners bring tqdm; without it, no bar.
-
-    Args:
-        items: What is worked on, one after the other.
-        description: What to call the work.
-
-    Returns:
-        The same items.
-
-    Example:
-        >>> list(with_progress([1, 2], "counting"))
-        [1, 2]
-    """
+    """The same items, with a bar for work of more than two seconds; without tqdm, no bar."""
     try:
         from tqdm.auto import tqdm
     except ImportError:

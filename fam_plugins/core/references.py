@@ -1,4 +1,4 @@
-"""What a query is compared with: embedding images once, prototypes, contrast sets."""
+"""What a query is compared with: images embedded once, prototypes, the mean of a gallery."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from fam_plugins.core.eval_mode import eval_mode, place_of
 from fam_plugins.core.messages import with_progress
-from fam_plugins.core.similarity import Similarity, as_similarity, check_embeddings
+from fam_plugins.core.scores import check_embeddings, embed
+from fam_plugins.core.similarity import Similarity, as_similarity
 
-__all__ = ["embed", "embed_once", "gallery_mean", "prototypes", "unique_labels"]
+__all__ = ["embed_once", "gallery_mean", "prototypes", "unique_labels"]
 
 
 def prototypes(
@@ -33,7 +34,7 @@ def prototypes(
         similarity: The similarity they will be used with.
 
     Returns:
-        ``[N, D]``, detached, one row a class in sorted order of the labels.
+        ``[N, D]``, detached, one row per class in sorted order of the labels.
 
     Raises:
         ValueError: On an unknown similarity, another number of labels than embeddings, or
@@ -45,7 +46,9 @@ def prototypes(
                 [0., 1.]])
     """
     chosen = as_similarity(similarity)
-    _check_matrix(embeddings, "supports")
+    if not isinstance(embeddings, Tensor) or embeddings.dim() != 2 or len(embeddings) == 0:
+        given = tuple(embeddings.shape) if isinstance(embeddings, Tensor) else type(embeddings)
+        raise ValueError(f"supports must be a tensor [S, D] with at least one row, not {given}")
     names = _listed(labels)
     if len(names) != len(embeddings):
         raise ValueError(
@@ -56,7 +59,7 @@ def prototypes(
     if chosen.scale_free:
         # Through float32, where the squared length of a half-precision vector cannot overflow.
         wide = supports.to(torch.promote_types(supports.dtype, torch.float32))
-        supports = nn.functional.normalize(wide, dim=1).to(embeddings.dtype)
+        supports = F.normalize(wide, dim=1).to(embeddings.dtype)
     rows = [
         supports[[i for i, name in enumerate(names) if name == label]].mean(dim=0)
         for label in unique_labels(names)
@@ -65,122 +68,12 @@ def prototypes(
 
 
 def unique_labels(labels: Sequence[Hashable] | Tensor) -> list[Any]:
-    """Return the distinct labels, sorted; in order of appearance where they cannot be sorted.
-
-    Example:
-        >>> unique_labels(["dog", "cat", "dog"])
-        ['cat', 'dog']
-    """
+    """The distinct labels, sorted; in order of appearance where they cannot be sorted."""
     distinct = list(dict.fromkeys(_listed(labels)))
     try:
         return sorted(distinct)
     except TypeError:
         return distinct
-
-
-def embed(encoder: nn.Module, images: Tensor) -> Tensor:
-    """Run an encoder and make sure that what it returns are embeddings ``[B, D]``.
-
-    Raises:
-        TypeError: If it returns something other than a tensor.
-        ValueError: If the batch is empty or the tensor is not ``[B, D]``.
-
-    Example:
-        >>> embed(nn.Flatten(), torch.zeros(2, 3, 1, 1)).shape
-        torch.Size([2, 3])
-    """
-    if isinstance(images, Tensor) and images.dim() > 0 and images.shape[0] == 0:
-        raise ValueError("the batch is empty: pass at least one image")
-    embeddings = encoder(images)
-    if not isinstance(embeddings, Tensor):
-        raise TypeError(
-            f"the encoder returns a {type(embeddings).__name__}, not a tensor: wrap it in a module "
-            "whose forward picks the embeddings [B, D] out of it"
-        )
-    if embeddings.dim() != 2:
-        raise ValueError(
-            f"the encoder returns a tensor of shape {tuple(embeddings.shape)}, not embeddings "
-            "[B, D]: append pooling, such as nn.Sequential(encoder, nn.AdaptiveAvgPool2d(1), "
-            "nn.Flatten())"
-        )
-    if len(embeddings) != len(images):
-        raise ValueError(
-            f"the encoder returns {len(embeddings)} embeddings for {len(images)} inputs: "
-            "a single image needs a batch dimension (image[None])"
-        )
-    return embeddings
-
-
-def embed_once(
-    encoder: nn.Module, images_or_embeddings: Tensor, what: str, chunk_size: int
-) -> Tensor:
-    """Turn images into embeddings in chunks, or take embeddings as they are.
-
-    Images are embedded in eval mode and without gradient; the training mode is then restored. A
-    progress bar appears when it takes more than two seconds.
-
-    Args:
-        encoder: Images ``[S, ...]`` -> embeddings ``[S, D]``.
-        images_or_embeddings: A 2-D tensor is taken for embeddings, anything above for images.
-        what: What they are, for messages.
-        chunk_size: Images per forward pass.
-
-    Returns:
-        ``[S, D]``, detached and copied, on the device and in the dtype of the encoder.
-
-    Raises:
-        TypeError: If not given a tensor or an array.
-        ValueError: If there are none, they have one dimension, or a value is not finite.
-
-    Example:
-        >>> embed_once(nn.Flatten(), torch.ones(3, 2, 1, 1), "references", 2).shape
-        torch.Size([3, 2])
-    """
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, not {chunk_size}")
-    # Outside inference mode, so that the result can take part in autograd later on.
-    with torch.inference_mode(False), torch.no_grad():
-        given = _as_tensor(images_or_embeddings, what)
-        device, dtype = place_of(encoder)
-        given = given.detach().to(device=device, dtype=dtype or _floating(given.dtype))
-        if given.dim() < 2:
-            raise ValueError(
-                f"{what} of shape {tuple(given.shape)}: pass embeddings [N, D] or images "
-                "[N, C, H, W]; a single one needs a first dimension (x[None])"
-            )
-        if given.shape[0] == 0:
-            raise ValueError(f"{what} are empty: pass at least one")
-        if given.dim() == 2:
-            check_embeddings(given, what=what)
-            return given.clone()
-        with eval_mode(encoder):
-            chunks = [
-                embed(encoder, chunk).clone()
-                for chunk in with_progress(torch.split(given, chunk_size), f"embedding {what}")
-            ]
-        embeddings = torch.cat(chunks)
-    check_embeddings(embeddings, what=what)
-    return embeddings
-
-
-def _as_tensor(values: Any, what: str) -> Tensor:
-    try:
-        return torch.as_tensor(values)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(
-            f"{what} must be a tensor or an array, not {type(values).__name__}: stack a list of "
-            "images with torch.stack(images)"
-        ) from error
-
-
-def _check_matrix(embeddings: Tensor, what: str) -> None:
-    if not isinstance(embeddings, Tensor) or embeddings.dim() != 2 or embeddings.shape[0] == 0:
-        shape = tuple(embeddings.shape) if isinstance(embeddings, Tensor) else type(embeddings)
-        raise ValueError(f"{what} must be a tensor [S, D] with at least one row, not {shape}")
-
-
-def _floating(dtype: torch.dtype) -> torch.dtype:
-    return dtype if dtype.is_floating_point else torch.get_default_dtype()
 
 
 def _listed(labels: Sequence[Hashable] | Tensor) -> list[Any]:
@@ -198,7 +91,7 @@ def gallery_mean(
     Use it as ``SimilarityModel(..., contrast=gallery_mean(encoder, loader))``: "why this one rather
     than any?". Under ``"dot"`` that subtracts exactly the mean score of the gallery. Under
     ``"cosine"`` it subtracts the cosine to the average direction, which is the mean cosine of the
-    gallery scaled up to a vector of length one; under ``"euclidean"`` the score of the average.
+    gallery scaled up to a vector of length one; under the distances the score of the average.
 
     Args:
         encoder: Images ``[B, ...]`` -> embeddings ``[B, D]``; run in eval mode, without gradient.
@@ -223,24 +116,76 @@ def gallery_mean(
         tensor([[0.5000, 0.5000]])
     """
     scale_free = as_similarity(similarity).scale_free
-    device, dtype = place_of(encoder)
     total: Tensor | None = None
     count = 0
-    like = torch.empty(0)
     with torch.inference_mode(False), torch.no_grad(), eval_mode(encoder):
         for batch in with_progress(loader, "averaging the gallery"):
-            images = _images(batch)
-            like = embed(encoder, images.to(device=device, dtype=dtype or _floating(images.dtype)))
-            check_embeddings(like, allow_zero=not scale_free, what="gallery embedding")
+            found = embed(encoder, _at_home(_images(batch), encoder))
+            check_embeddings(found, allow_zero=not scale_free, what="gallery embedding")
             # In float64 on the CPU: a million float32 summands would lose digits, and not every
             # device has float64.
-            rows = like.cpu().double()
+            rows = found.cpu().double()
             part = (F.normalize(rows, dim=1) if scale_free else rows).sum(dim=0)
             total = part if total is None else total + part
             count += len(rows)
         if total is None:
             raise ValueError("the loader is empty: pass at least one batch of images")
-        return (total / count)[None].to(like)
+        return (total / count)[None].to(found)
+
+
+def embed_once(
+    encoder: nn.Module,
+    images_or_embeddings: Tensor,
+    what: str,
+    chunk_size: int = 32,
+    *,
+    allow_zero: bool = True,
+    width: int | None = None,
+) -> Tensor:
+    """Images ``[S, ...]`` (or embeddings, taken as they are) -> ``[S, D]``, detached and copied.
+
+    Images are embedded in chunks, in eval mode, without gradient, with a progress bar.
+    """
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, not {chunk_size}")
+    # Outside inference mode, so that the result can take part in autograd later on.
+    with torch.inference_mode(False), torch.no_grad():
+        given = _at_home(_as_tensor(images_or_embeddings, what), encoder)
+        if given.dim() < 2:
+            raise ValueError(
+                f"{what} of shape {tuple(given.shape)}: pass embeddings [N, D] or images "
+                "[N, C, H, W]; a single one needs a first dimension (x[None])"
+            )
+        if given.shape[0] == 0:
+            raise ValueError(f"{what} are empty: pass at least one")
+        if given.dim() > 2:
+            with eval_mode(encoder):
+                chunks = [
+                    embed(encoder, chunk).clone()
+                    for chunk in with_progress(torch.split(given, chunk_size), f"embedding {what}")
+                ]
+            found = torch.cat(chunks)
+        else:
+            found = given.clone()
+    check_embeddings(found, width=width, allow_zero=allow_zero, what=what)
+    return found
+
+
+def _as_tensor(values: Any, what: str) -> Tensor:
+    try:
+        return torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"{what} must be a tensor or an array, not {type(values).__name__}: stack a list of "
+            "images with torch.stack(images)"
+        ) from error
+
+
+def _at_home(given: Tensor, encoder: nn.Module) -> Tensor:
+    """The same values where the encoder's weights are, in their floating dtype."""
+    device, dtype = place_of(encoder)
+    own = given.dtype if given.is_floating_point() else torch.get_default_dtype()
+    return given.detach().to(device=device, dtype=dtype or own)
 
 
 def _images(batch: Any) -> Tensor:

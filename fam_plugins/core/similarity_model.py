@@ -9,18 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from fam_plugins.core.gallery import Gallery, is_on_disk
-from fam_plugins.core.references import embed, embed_once, prototypes, unique_labels
-from fam_plugins.core.similarity import (
-    Contrast,
-    Similarity,
-    as_similarity,
-    check_embeddings,
-    score,
-    subtract_others,
-)
-from fam_plugins.interop.easyfsl import read_easyfsl
+from fam_plugins.core.references import embed_once, prototypes, unique_labels
+from fam_plugins.core.scores import Contrast, embed, score, subtract_others
+from fam_plugins.core.similarity import Similarity, as_similarity
 
-__all__ = ["SimilarityModel"]
+__all__ = ["ModelScores", "SimilarityModel"]
 
 
 class SimilarityModel(nn.Module):
@@ -87,20 +80,19 @@ class SimilarityModel(nn.Module):
                 "in a module whose forward calls it"
             )
         chosen = as_similarity(similarity)
-        scale_free = chosen.scale_free
         if isinstance(contrast, str) and contrast != "others":
             raise ValueError(f'contrast must be "others", embeddings or images, not {contrast!r}')
+        if is_on_disk(references) and not chosen.by_reference:
+            raise ValueError(
+                "a memory-mapped gallery is scored in parts, which a function of your own may "
+                "not allow: choose a named similarity or a distance of pytorch-metric-learning"
+            )
+        allow_zero = not chosen.scale_free
         rows: Tensor | Gallery
         if is_on_disk(references):
-            if not chosen.by_reference:
-                raise ValueError(
-                    "a memory-mapped gallery is scored in parts, which a function of your own may "
-                    "not allow: choose a named similarity or a distance of pytorch-metric-learning"
-                )
-            rows = Gallery(references, allow_zero=not scale_free)
+            rows = Gallery(references, allow_zero=allow_zero)
         else:
-            rows = embed_once(encoder, references, "references", chunk_size)
-            check_embeddings(rows, allow_zero=not scale_free, what="reference")
+            rows = embed_once(encoder, references, "references", chunk_size, allow_zero=allow_zero)
         against = None
         if isinstance(contrast, str):
             if len(rows) < 2:
@@ -109,9 +101,13 @@ class SimilarityModel(nn.Module):
                     "embeddings or images as contrast instead"
                 )
         elif contrast is not None:
-            against = embed_once(encoder, contrast, "contrast", chunk_size)
-            check_embeddings(
-                against, width=rows.shape[1], allow_zero=not scale_free, what="contrast"
+            against = embed_once(
+                encoder,
+                contrast,
+                "contrast",
+                chunk_size,
+                allow_zero=allow_zero,
+                width=rows.shape[1],
             )
         self.encoder = encoder
         self.similarity = chosen.name
@@ -172,36 +168,6 @@ class SimilarityModel(nn.Module):
             chunk_size=chunk_size,
         )
         model.labels = tuple(unique_labels(labels))
-        return model
-
-    @classmethod
-    def from_easyfsl(cls, classifier: nn.Module, *, contrast: Contrast = None) -> SimilarityModel:
-        """Take over a few-shot classifier of easyfsl that has processed its support set.
-
-        Its scores are reproduced: the negative distance, not squared, of ``PrototypicalNetworks``,
-        the cosine of ``SimpleShot``, with centred and normalised features; found by letting it
-        score made-up features. The prototypes become a buffer, detached.
-
-        Args:
-            classifier: Such as ``PrototypicalNetworks(backbone)``. Its backbone is used, not
-                copied; later support sets do not reach the model.
-            contrast: As for the class; with ``None`` scores are those of the classifier.
-
-        Raises:
-            TypeError: If it is no classifier of this kind.
-            ValueError: If it has no support set yet, or its scores cannot be reproduced exactly:
-                softmax, transductive methods, attention over the support set.
-
-        Example:
-            >>> import torch
-            >>> from easyfsl.methods import SimpleShot  # doctest: +SKIP
-            >>> classifier = SimpleShot(encoder)  # doctest: +SKIP
-            >>> classifier.process_support_set(images, labels)  # doctest: +SKIP
-            >>> model = SimilarityModel.from_easyfsl(classifier)  # doctest: +SKIP
-        """
-        encoder, rows, similarity = read_easyfsl(classifier)
-        model = cls(encoder, rows, similarity=similarity, contrast=contrast)
-        model.labels = tuple(range(len(rows)))
         return model
 
     @property
@@ -284,3 +250,35 @@ class SimilarityModel(nn.Module):
         else:
             against = ""
         return f"references={count}x{width}, similarity={self.similarity}{against}"
+
+
+class ModelScores:
+    """The scores of a model, from as little of it as they need.
+
+    A :class:`SimilarityModel` ends here in its embedding ``[B, D]``, from which only the wanted
+    references are scored. Any other model ends in what it returns.
+
+    Args:
+        forward_func: The model, or any function of it.
+
+    Attributes:
+        forward: What to call instead of ``forward_func``; returns the end.
+        model: The similarity model, or ``None``.
+    """
+
+    def __init__(self, forward_func: Callable[..., Any]) -> None:
+        self.model: SimilarityModel | None = None
+        self.forward = forward_func
+        # A subclass with a forward of its own may do anything with the scores.
+        own = getattr(type(forward_func), "forward", None)
+        if isinstance(forward_func, SimilarityModel) and own is SimilarityModel.forward:
+            self.model = forward_func
+            self.forward = forward_func.embed
+
+    def select(self, end: Any, pick: Callable[[Any], Tensor]) -> Tensor:
+        """The score ``[B]`` that ``pick`` selects out of the model's scores ``[B, N]``."""
+        if self.model is None:
+            return pick(end)
+        numbers = torch.arange(len(self.model.references), device=end.device)
+        chosen = pick(numbers.expand(len(end), -1))
+        return self.model.score(end, chosen).diagonal()

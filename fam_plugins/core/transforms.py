@@ -1,15 +1,16 @@
 """From what transformers give, tokens or channels last, to a map ``[B, C, h, w]``.
 
-Every transform here only moves and selects values, so that it serves activations and gradients
-alike: as ``activation_transform`` of :class:`fam_plugins.captum.LayerFam`, and as
-``reshape_transform`` of :class:`fam_plugins.grad_cam.FAM` and of every method of pytorch-grad-cam.
+Every transform only moves and selects values, so that it serves activations and gradients alike:
+as ``reshape_transform`` of every explainer here and of every method of pytorch-grad-cam. Which one
+a layer needs is read from its shape and from what the model's own modules state.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -17,17 +18,15 @@ from fam_plugins.core.eval_mode import eval_mode
 from fam_plugins.core.layer_pass import LayerPass, find_layer
 
 __all__ = [
-    "AUTO",
     "Transform",
     "channels_last_to_map",
     "check_transform",
     "infer_transform",
-    "lay_out",
-    "refuse_unreached",
-    "suggest_grid",
     "tokens_to_map",
     "transform_for",
 ]
+
+Transform = Callable[[Any], Tensor]
 
 
 # The constructor is the public function, so its name is a function's.
@@ -36,7 +35,7 @@ class tokens_to_map:  # noqa: N801
     """Lay out patch tokens as a map: ``[B, skip + h * w, C]`` -> ``[B, C, h, w]``.
 
     Tokens in front that stand for no place, the class token and register tokens, are left out;
-    what they contribute to the score is then in no region, and the convergence delta tells it.
+    what they contribute to the score is then in no region, and the convergence delta shows it.
 
     Args:
         h: Rows of patches.
@@ -76,7 +75,7 @@ class tokens_to_map:  # noqa: N801
         if tokens.shape[1] != self.skip + self.h * self.w:
             raise ValueError(
                 f"{self} takes {self.skip + self.h * self.w} tokens and the layer gives "
-                f"{tokens.shape[1]}: {suggest_grid(tokens.shape[1], self.skip)}"
+                f"{tokens.shape[1]}: {_suggest_grid(tokens.shape[1], self.skip)}"
             )
         batch, _, channels = tokens.shape
         grid = tokens[:, self.skip :].reshape(batch, self.h, self.w, channels)
@@ -102,73 +101,18 @@ def channels_last_to_map(activation: Tensor) -> Tensor:
     return activation.permute(0, 3, 1, 2)
 
 
-def refuse_unreached(before: Tensor, after: Tensor, name: str) -> None:
-    """Refuse a map of regions that the score does not depend on.
-
-    After the last block a class token is the embedding, and no patch of that layer has a share in
-    it: every rule would draw a picture of nothing.
-
-    Args:
-        before: The gradient as the layer has it.
-        after: The same, transformed into a map.
-        name: The layer's name, for the message.
-
-    Raises:
-        ValueError: If only what the transform drops has a gradient.
-
-    Example:
-        >>> import torch
-        >>> gradient = torch.ones(1, 5, 3)
-        >>> refuse_unreached(gradient, tokens_to_map(2, 2)(gradient), "norm")
-    """
-    if after.numel() < before.numel() and not after.any() and before.any():
-        raise ValueError(
-            f"the score reaches layer {name!r} only through what the transform drops (the class "
-            "token), so no region of it has a share in the score: explain an earlier layer, such "
-            "as the last block's first norm (timm: blocks[-1].norm1, torchvision: "
-            "encoder.layers[-1].ln_1), or embed by the mean of the patches (timm: "
-            'global_pool="avg")'
-        )
-
-
-def suggest_grid(tokens: int, skip: int) -> str:
-    """Say which ``tokens_to_map`` would fit a number of tokens, for an error message.
-
-    Example:
-        >>> suggest_grid(197, 0)[:16]
-        '197 = 1 + 14 x 1'
-    """
-    for front in dict.fromkeys((skip, 1, 0, 5, 2)):
-        side = math.isqrt(max(tokens - front, 0))
-        if side > 0 and side * side == tokens - front:
-            return (
-                f"{tokens} = {front} + {side} x {side}, so for a square grid behind {front} tokens "
-                f"pass tokens_to_map({side}, {side}, skip={front})"
-            )
-    return (
-        "pass tokens_to_map(h, w, skip=...) with h * w patches and skip tokens in front of them "
-        "that add up to it"
-    )
-
-
-Transform = Callable[[Tensor], Tensor]
-
-AUTO = "auto"
-"""What to pass as a transform to have it inferred in the very pass that is explained."""
-
-
 def infer_transform(
     model: nn.Module, layer: nn.Module | str, example_input: Tensor
 ) -> Transform | None:
     """Find the transform that a layer needs, for timm's and torchvision's ViT, Swin and others.
 
     One forward pass in eval mode shows the layer's shape. Tokens need a model around the layer
-    that tells its patch grid (timm's ``patch_embed`` and ``num_prefix_tokens``, torchvision's
+    that states its patch grid (timm's ``patch_embed`` and ``num_prefix_tokens``, torchvision's
     ``patch_size`` and ``image_size``); four dimensions are told apart by the shape of the image.
     What is ambiguous is refused, never guessed.
 
-    The adapters do the same without that pass: ``LayerFam(..., activation_transform="auto")``,
-    ``FAM(..., reshape_transform="auto")``. This function serves the partners' own methods.
+    The explainers of this package do the same without that pass: ``reshape_transform="auto"``.
+    This function serves the partners' own methods.
 
     Args:
         model: The model.
@@ -182,7 +126,7 @@ def infer_transform(
         AssertionError: If the layer does not run.
         RuntimeError: If the layer runs twice.
         TypeError: If it gives something other than one floating-point tensor.
-        ValueError: If there is no such layer, or the shape leaves a doubt; the message says what
+        ValueError: If there is no such layer, or the shape leaves a doubt; the message names what
             to pass instead.
 
     Example:
@@ -204,6 +148,17 @@ def infer_transform(
     return transform_for(model, module, name, given[0].shape, example_input.shape)
 
 
+def check_transform(transform: object) -> None:
+    """Refuse a ``reshape_transform`` that is neither callable, nor ``"auto"``, nor ``None``."""
+    if transform is None or transform == "auto" or callable(transform):
+        return
+    kind = ValueError if isinstance(transform, str) else TypeError
+    raise kind(
+        f'reshape_transform must be "auto", a callable or None, not {transform!r}: for tokens pass '
+        "tokens_to_map(h, w, skip=1)"
+    )
+
+
 def transform_for(
     model: object,
     layer: nn.Module,
@@ -211,101 +166,26 @@ def transform_for(
     given: Sequence[int],
     images: Sequence[int] | None,
 ) -> Transform | None:
-    """Find the transform for a shape that was seen in a pass; see :func:`infer_transform`.
+    """The transform for a layer's shape and the images' shape, both as seen in a pass.
 
-    Args:
-        model: The model, or a bound method of it; anything else tells no patch grid.
-        layer: The layer.
-        name: What to call it in messages.
-        given: The shape of what it gives, batch first.
-        images: The shape of what the model was given; ``None`` if unknown.
-
-    Returns:
-        A transform; ``None`` where none is needed: ``[B, C, h, w]``, ``[B, F]``, volumes.
-
-    Raises:
-        ValueError: If the shape leaves a doubt.
-
-    Example:
-        >>> net = nn.Identity()
-        >>> transform_for(net, net, "features", (1, 7, 7, 768), (1, 3, 224, 224)).__name__
-        'channels_last_to_map'
+    ``None`` where none is needed: ``[B, C, h, w]``, ``[B, F]``, volumes.
     """
     size = tuple(images[2:]) if images is not None and len(images) == 4 else None
     if len(given) == 3:
         return _for_tokens(model, layer, name, given[1], size)
     if len(given) != 4:
         return None
-    if size is None:
-        raise ValueError(
-            f"layer {name!r} gives {tuple(given)} and the size of the image is not known, so it "
-            f"cannot be told where the channels are: {_WAYS}"
-        )
-    first, last = _is_grid(given[2:], size), _is_grid(given[1:3], size)
-    if first != last:
-        return None if first else channels_last_to_map
+    seen, problem = f"layer {name!r} gives {tuple(given)}", "the size of the image is not known"
+    if size is not None:
+        first, last = _is_grid(given[2:], size), _is_grid(given[1:3], size)
+        if first != last:
+            return None if first else channels_last_to_map
+        seen += f" for images of {size[0]} x {size[1]} pixels"
+        problem = f"{'either end' if first else 'neither end'} looks like a grid of regions"
     raise ValueError(
-        f"layer {name!r} gives {tuple(given)} for images of {size[0]} x {size[1]} pixels, and "
-        f"{'either end' if first else 'neither end'} of it looks like a grid of regions, so it "
-        f"cannot be told where the channels are: {_WAYS}"
+        f"{seen}, and {problem}: pass reshape_transform=channels_last_to_map for [B, h, w, C], or "
+        "None for [B, C, h, w]"
     )
-
-
-def lay_out(given: Tensor, transform: Transform | None, batch: int, *, least: int = 2) -> Tensor:
-    """Apply an ``activation_transform`` and make sure that it gives a map.
-
-    Args:
-        given: What the layer gave, or its gradient.
-        transform: The transform; ``None`` leaves it as it is.
-        batch: The number of images.
-        least: How many dimensions the result must have at least.
-
-    Raises:
-        ValueError: If the transform gives something other than ``[batch, C, ...]``.
-
-    Example:
-        >>> import torch
-        >>> lay_out(torch.zeros(1, 7, 5, 3), channels_last_to_map, 1).shape
-        torch.Size([1, 3, 7, 5])
-    """
-    if transform is None:
-        return given
-    result = transform(given)
-    if not isinstance(result, Tensor) or result.dim() < least or len(result) != batch:
-        shape = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
-        raise ValueError(
-            f"activation_transform gives {shape}, not [{batch}, C, ...]: it must keep the batch "
-            "first and put the channels second"
-        )
-    return result
-
-
-def check_transform(transform: object, argument: str) -> None:
-    """Refuse what is neither a transform, nor ``"auto"``, nor ``None``.
-
-    Raises:
-        TypeError: If it cannot be called.
-        ValueError: If it is another string than ``"auto"``.
-
-    Example:
-        >>> check_transform("auto", "reshape_transform")
-    """
-    if isinstance(transform, str) and transform != AUTO:
-        raise ValueError(
-            f'{argument} must be "auto", a callable or None, not {transform!r}: for tokens pass '
-            "tokens_to_map(h, w, skip=1)"
-        )
-    if transform is not None and transform != AUTO and not callable(transform):
-        raise TypeError(
-            f"{argument} must be callable, not {type(transform).__name__}: for tokens pass "
-            "tokens_to_map(h, w, skip=1)"
-        )
-
-
-_WAYS = (
-    "pass channels_last_to_map for [B, h, w, C], tokens_to_map(h, w, skip=1) for tokens [B, T, C], "
-    "or None for [B, C, h, w]"
-)
 
 
 def _is_grid(grid: Sequence[int], size: Sequence[int]) -> bool:
@@ -318,13 +198,13 @@ def _for_tokens(
     model: object, layer: nn.Module, name: str, tokens: int, size: tuple[int, ...] | None
 ) -> tokens_to_map:
     for owner in _around(model, layer):
-        for grid, prefix in _grids(owner, size):
+        for (h, w), prefix in _grids(owner, size):
             for skip in (prefix, 0):
-                if tokens == skip + math.prod(grid):
-                    return tokens_to_map(*grid, skip=skip)
+                if tokens == skip + h * w:
+                    return tokens_to_map(h, w, skip=skip)
     raise ValueError(
-        f"layer {name!r} gives {tokens} tokens, and no module around it tells their grid (as "
-        f"timm's and torchvision's vision transformers do): {suggest_grid(tokens, 1)}"
+        f"layer {name!r} gives {tokens} tokens, and no module around it states their grid (as "
+        f"timm's and torchvision's vision transformers do): {_suggest_grid(tokens, 1)}"
     )
 
 
@@ -333,33 +213,31 @@ def _around(model: object, layer: nn.Module) -> list[nn.Module]:
     root = model if isinstance(model, nn.Module) else getattr(model, "__self__", None)
     if not isinstance(root, nn.Module):
         return []
-    # named_modules() comes from the outside in.
+    # modules() comes from the outside in.
     return [m for m in root.modules() if any(part is layer for part in m.modules())][::-1]
 
 
-def _grids(owner: nn.Module, size: tuple[int, ...] | None) -> list[tuple[tuple[int, int], int]]:
-    """The patch grids a module speaks of, the surest first, and its tokens in front of them."""
-    patch_embed = getattr(owner, "patch_embed", None)
-    if patch_embed is not None:  # timm
-        prefix = getattr(owner, "num_prefix_tokens", 0)
-        fixed = getattr(patch_embed, "grid_size", None)
-        patch = _pair(getattr(patch_embed, "patch_size", None))
+def _grids(owner: nn.Module, size: tuple[int, ...] | None) -> Iterator[tuple[tuple[int, int], int]]:
+    """The patch grids that a module states, the surest first, and its tokens in front of them."""
+    embed = getattr(owner, "patch_embed", None)
+    if embed is not None:  # timm
+        fixed = _pair(getattr(embed, "grid_size", None))
+        patch = _pair(getattr(embed, "patch_size", None))
         seen = None
         if patch is not None and size is not None:
-            up = bool(getattr(patch_embed, "dynamic_img_pad", False))
-            seen = tuple(
-                (n + p - 1) // p if up else n // p for n, p in zip(size, patch, strict=True)
-            )
+            up = [p - 1 if getattr(embed, "dynamic_img_pad", False) else 0 for p in patch]
+            seen = (size[0] + up[0]) // patch[0], (size[1] + up[1]) // patch[1]
         # A model of fixed size knows its grid even behind a wrapper that resizes; one that takes
         # every size has the grid of what it was given.
-        order = (seen, fixed) if getattr(owner, "dynamic_img_size", False) else (fixed, seen)
-        return [((int(g[0]), int(g[1])), int(prefix)) for g in order if g is not None]
-    patch = _pair(getattr(owner, "patch_size", None))
-    image = _pair(getattr(owner, "image_size", None))
+        for grid in (seen, fixed) if getattr(owner, "dynamic_img_size", False) else (fixed, seen):
+            if grid is not None:
+                yield grid, int(getattr(owner, "num_prefix_tokens", 0))
+        return
+    patch, image = _pair(getattr(owner, "patch_size", None)), getattr(owner, "image_size", None)
+    image = _pair(image)
     if patch is not None and image is not None:  # torchvision
         token = isinstance(getattr(owner, "class_token", None), Tensor)
-        return [((image[0] // patch[0], image[1] // patch[1]), int(token))]
-    return []
+        yield (image[0] // patch[0], image[1] // patch[1]), int(token)
 
 
 def _pair(value: object) -> tuple[int, int] | None:
@@ -368,3 +246,18 @@ def _pair(value: object) -> tuple[int, int] | None:
     if isinstance(value, (tuple, list)) and len(value) == 2:
         return int(value[0]), int(value[1])
     return None
+
+
+def _suggest_grid(tokens: int, skip: int) -> str:
+    """Which ``tokens_to_map`` would fit a number of tokens, for an error message."""
+    for front in dict.fromkeys((skip, 1, 0, 5, 2)):
+        side = math.isqrt(max(tokens - front, 0))
+        if side > 0 and side * side == tokens - front:
+            return (
+                f"{tokens} = {front} + {side} x {side}, so for a square grid behind {front} tokens "
+                f"pass tokens_to_map({side}, {side}, skip={front})"
+            )
+    return (
+        "pass tokens_to_map(h, w, skip=...) with h * w patches and skip tokens in front of them "
+        "that add up to it"
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,13 +20,6 @@ __all__ = ["OnePassCAM", "Target", "to_numpy"]
 Target = Callable[[Any], Tensor]
 
 
-class Pass(Protocol):
-    """What runs a model once while watching its layers."""
-
-    def run(self, forward: Callable[[], Any]) -> Any:
-        """Run the model; return its output."""
-
-
 class OnePassCAM(BaseCAM):
     """What FAM and CAPE share: BaseCAM's contract without its traps.
 
@@ -40,9 +33,9 @@ class OnePassCAM(BaseCAM):
         reshape_transform: Rearranges what a layer gives into ``[B, C, h, w]``.
 
     Attributes:
-        attributions: After a call, the maps before ReLU and scaling: one tensor ``[B, 1, h, w]`` a
-            target layer, on the layer's device; ``None`` after ``aug_smooth``, whose result is an
-            average over six passes.
+        attributions: After a call, the maps before ReLU and scaling: one tensor ``[B, 1, h, w]``
+            per target layer, on the layer's device; ``None`` after ``aug_smooth``, whose result is
+            an average over six passes.
         outputs: After a call, what the model returned, detached.
     """
 
@@ -50,24 +43,22 @@ class OnePassCAM(BaseCAM):
         self,
         model: nn.Module,
         target_layers: list[nn.Module],
-        reshape_transform: Callable[[Any], Tensor] | None,
+        reshape_transform: Callable[[Any], Tensor] | str | None,
     ) -> None:
         # BaseCAM's constructor leaves its model in eval mode for good, hooks it for good, and asks
         # for a first parameter. A stand-in takes all three; the attributes are set below.
         super().__init__(
-            model=nn.Linear(1, 1),
-            target_layers=[],
-            reshape_transform=reshape_transform,
-            uses_gradients=False,
+            model=nn.Linear(1, 1), target_layers=[], reshape_transform=None, uses_gradients=False
         )
         self.model = model
         self.target_layers = target_layers
+        self.reshape_transform = reshape_transform
         self.attributions: list[Tensor] | None = None
         self.outputs: Any = None
         self.activations_and_grads = OnePass(self)
 
-    def start_pass(self) -> Pass:
-        """Prepare the next forward pass."""
+    def run_pass(self, input_tensor: Tensor) -> tuple[Any, Any]:
+        """Run the model once; return what watched its layers, and its output."""
         raise NotImplementedError
 
     def explain(
@@ -97,7 +88,7 @@ class OnePassCAM(BaseCAM):
 
         Args:
             input_tensor: Images ``[B, C, H, W]``, or volumes ``[B, C, D, H, W]``.
-            targets: One callable an image; it gets that image's output and returns a number.
+            targets: One callable per image; it gets that image's output and returns a number.
                 ``None`` explains the highest output.
             aug_smooth: Average over flips and scalings of the input; six forward passes.
             eigen_smooth: Use the first principal component instead of the sum over channels.
@@ -130,38 +121,39 @@ class OnePassCAM(BaseCAM):
         eigen_smooth: bool = False,
     ) -> np.ndarray:
         """Explain a batch without augmentation; see :meth:`__call__`."""
-        _check_call(input_tensor, targets)
+        check_images(input_tensor)
+        _check_targets(targets, len(input_tensor))
         if self.device is not None:
             input_tensor = input_tensor.to(self.device)
         outputs = self.activations_and_grads(input_tensor)
         try:
-            if targets is None:
-                targets = _highest(outputs)
-            cam_per_layer = self.compute_cam_per_layer(input_tensor, targets, eigen_smooth)
+            chosen = _highest(outputs) if targets is None else targets
+            cams = self.compute_cam_per_layer(input_tensor, chosen, eigen_smooth)
         finally:
             self.activations_and_grads.release()
-        cams: np.ndarray = self.aggregate_multi_layers(cam_per_layer)
-        return cams
+        merged: np.ndarray = self.aggregate_multi_layers(cams)
+        return merged
 
     def compute_cam_per_layer(
         self, input_tensor: Tensor, targets: Sequence[Target], eigen_smooth: bool
     ) -> list[np.ndarray]:
-        """Turn the pass that :attr:`activations_and_grads` made into one map a layer."""
+        """Turn the pass that :attr:`activations_and_grads` made into one map per layer."""
         one = self.activations_and_grads
+        found = list(self.explain(one.current, one.outputs, targets, eigen_smooth))
+        self.attributions = [check_finite(attribution) for attribution, _ in found]
+        return [self.scaled(cam, input_tensor) for _, cam in found]
+
+    def scaled(self, cams: np.ndarray, input_tensor: Tensor) -> np.ndarray:
+        """Signed maps ``[n, h, w]`` -> ``[n, 1, H, W]`` in [0, 1], as BaseCAM scales them."""
         size = tuple(input_tensor.shape[2:])
-        self.attributions, scaled = [], []
-        for attribution, cam in self.explain(one.current, one.outputs, targets, eigen_smooth):
-            self.attributions.append(check_finite(attribution))
-            resized = scale_cam_image(
-                np.maximum(cam, 0), self.get_target_width_height(input_tensor)
+        resized = scale_cam_image(np.maximum(cams, 0), self.get_target_width_height(input_tensor))
+        if resized.shape[1:] != size:
+            raise ValueError(
+                f"the map has shape {resized.shape[1:]} for an input of {size}: upgrade grad-cam "
+                "for volumes (pip install -U grad-cam)"
             )
-            if resized.shape[1:] != size:
-                raise ValueError(
-                    f"the map has shape {resized.shape[1:]} for an input of {size}: upgrade "
-                    "grad-cam for volumes (pip install -U grad-cam)"
-                )
-            scaled.append(resized[:, None])
-        return scaled
+        cam: np.ndarray = resized[:, None]
+        return cam
 
     def __exit__(self, *_exception: object) -> None:
         """Leave the ``with`` block; an exception raised inside it is the user's to see."""
@@ -172,21 +164,20 @@ class OnePassCAM(BaseCAM):
 
 
 class OnePass:
-    """Stands where BaseCAM keeps its hooks; here they live only while the model runs."""
+    """In the place of BaseCAM's hooks, which here live only while the model runs."""
 
     def __init__(self, cam: OnePassCAM) -> None:
         self._cam = cam
-        self.current: Pass | None = None
+        self.current: Any = None
         self.outputs: Any = None
 
     def __call__(self, input_tensor: Tensor) -> Any:
         """Run the model once, in eval mode."""
-        cam = self._cam
-        self.current = one = cam.start_pass()
-        with eval_mode(cam.model):
-            self.outputs = one.run(lambda: cam.model(input_tensor))
-        cam.outputs = _detached(self.outputs)
-        return self.outputs
+        with eval_mode(self._cam.model):
+            self.current, outputs = self._cam.run_pass(input_tensor)
+        self.outputs = outputs
+        self._cam.outputs = outputs.detach() if isinstance(outputs, Tensor) else outputs
+        return outputs
 
     def release(self) -> None:
         """Forget the pass and its graph."""
@@ -200,24 +191,24 @@ def to_numpy(tensor: Tensor) -> np.ndarray:
     return array
 
 
-def _detached(outputs: Any) -> Any:
-    return outputs.detach() if isinstance(outputs, Tensor) else outputs
-
-
-def _check_call(input_tensor: Tensor, targets: Sequence[object] | None) -> None:
-    if input_tensor.dim() not in (4, 5):
+def check_images(images: Tensor) -> None:
+    """Refuse what is no batch of images or volumes."""
+    if images.dim() not in (4, 5):
         raise ValueError(
-            f"input_tensor has shape {tuple(input_tensor.shape)}: pass images [B, C, H, W] or "
+            f"input_tensor has shape {tuple(images.shape)}: pass images [B, C, H, W] or "
             "volumes [B, C, D, H, W]; a single image needs a batch dimension (image[None])"
         )
-    if len(input_tensor) == 0:
+    if len(images) == 0:
         raise ValueError("the batch is empty: pass at least one image")
+
+
+def _check_targets(targets: Sequence[object] | None, count: int) -> None:
     if targets is None:
         return
-    if len(targets) != len(input_tensor):
+    if len(targets) != count:
         raise ValueError(
-            f"there are {len(targets)} targets for {len(input_tensor)} images: pass one target an "
-            "image, such as [target] * len(input_tensor)"
+            f"there are {len(targets)} targets for {count} images: pass one target per image, such "
+            "as [target] * len(input_tensor)"
         )
     for target in targets:
         if not callable(target):
@@ -231,6 +222,6 @@ def _highest(outputs: Any) -> list[ClassifierOutputTarget]:
         shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
         raise ValueError(
             f"the model returns {shape}, which has no highest class: pass targets, one callable "
-            "an image"
+            "per image"
         )
     return [ClassifierOutputTarget(index) for index in outputs.argmax(dim=1).tolist()]

@@ -85,9 +85,10 @@ class CAPE(OnePassCAM):
         """The probability maps ``[B, 1, h, w]`` of the last call; ``None`` where there are none."""
         return self.attributions[0] if self.attributions and not self.relative else None
 
-    def start_pass(self) -> LayerPass:
-        """Prepare the next forward pass."""
-        return LayerPass(self.target_layers, [self._name], at_input=True, differentiate=False)
+    def run_pass(self, input_tensor: Tensor) -> tuple[LayerPass, Any]:
+        """Run the model once; return the pass and the model's output."""
+        one = LayerPass(self.target_layers, [self._name], at_input=True, differentiate=False)
+        return one, one.run(lambda: self.model(input_tensor))
 
     def explain(
         self,

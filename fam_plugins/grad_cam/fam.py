@@ -10,11 +10,14 @@ import torch
 from pytorch_grad_cam.utils.svd_on_activations import get_2d_projection
 from torch import Tensor, nn
 
-from fam_plugins.core.layer_pass import LayerTensors, find_layer
-from fam_plugins.core.maps import RulePass
-from fam_plugins.core.rules import find_rule
-from fam_plugins.core.transforms import check_transform, refuse_unreached, transform_for
-from fam_plugins.grad_cam.base import OnePassCAM, Target, to_numpy
+from fam_plugins.core.eval_mode import eval_mode
+from fam_plugins.core.layer_pass import find_layer
+from fam_plugins.core.many import as_indices, map_references
+from fam_plugins.core.maps import MapPass
+from fam_plugins.core.rules import Rule, choose_rule
+from fam_plugins.core.similarity_model import ModelScores
+from fam_plugins.core.transforms import check_transform
+from fam_plugins.grad_cam.base import OnePassCAM, Target, check_images, to_numpy
 
 __all__ = ["FAM"]
 
@@ -38,20 +41,21 @@ class FAM(OnePassCAM):
         reshape_transform: Rearranges what a layer gives into ``[B, C, h, w]``:
             :class:`~fam_plugins.tokens_to_map` for tokens ``[B, T, C]``,
             :func:`~fam_plugins.channels_last_to_map` for Swin's ``[B, h, w, C]``, or ``"auto"`` to
-            have it told by the shapes of the pass, layer by layer
+            read it from the shapes of the pass, layer by layer
             (:func:`~fam_plugins.infer_transform`).
-        rule: ``"fam"`` (published), ``"additive"``, ``"centred"`` (the best rule for finding what
-            matches), ``"gradcam"``.
+        rule: ``"centred"`` (the best rule for finding what matches), ``"additive"``,
+            ``"gradcam"``, ``"fam"`` (published), or a :class:`~fam_plugins.Rule`. Left out,
+            ``"fam"`` with a warning, because it hardly depends on the target.
 
     Attributes:
         attributions: After a call, the signed maps before ReLU and scaling: one tensor
-            ``[B, 1, h, w]`` a target layer, on the layer's device; ``None`` after ``aug_smooth``,
+            ``[B, 1, h, w]`` per target layer, on the layer's device; ``None`` after ``aug_smooth``,
             whose result is an average over six passes.
         outputs: After a call, what the model returned, detached.
 
     Raises:
-        TypeError: If ``target_layers`` is not a list of layers, or ``reshape_transform`` cannot be
-            called.
+        TypeError: If ``target_layers`` is not a list of layers, or ``rule`` or
+            ``reshape_transform`` is of no such kind.
         ValueError: If the list is empty or names an unknown layer, there is no such rule, or
             ``reshape_transform`` is another string than ``"auto"``.
 
@@ -60,7 +64,7 @@ class FAM(OnePassCAM):
         >>> from fam_plugins import SimilarityModel
         >>> encoder = nn.Sequential(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
         >>> model = SimilarityModel(encoder, torch.eye(3))
-        >>> with FAM(model, [encoder[0]]) as cam:
+        >>> with FAM(model, [encoder[0]], rule="centred") as cam:
         ...     cam(torch.rand(2, 3, 4, 4), [ClassifierOutputTarget(0)] * 2).shape
         (2, 4, 4)
     """
@@ -71,10 +75,10 @@ class FAM(OnePassCAM):
         target_layers: Sequence[nn.Module | str],
         reshape_transform: Callable[[Any], Tensor] | str | None = None,
         *,
-        rule: str = "fam",
+        rule: str | Rule | None = None,
     ) -> None:
-        find_rule(rule)
-        check_transform(reshape_transform, "reshape_transform")
+        self.rule: str | Rule = choose_rule(rule)
+        check_transform(reshape_transform)
         if not isinstance(target_layers, (list, tuple)):
             raise TypeError(
                 f"target_layers must be a list of layers, such as [model.layer4], not "
@@ -82,74 +86,81 @@ class FAM(OnePassCAM):
             )
         if not target_layers:
             raise ValueError("target_layers is empty: pass at least one, such as [model.layer4]")
-        found = [find_layer(model, layer) for layer in target_layers]
-        given = None if isinstance(reshape_transform, str) else reshape_transform
-        super().__init__(model, [layer for layer, _ in found], given)
-        # BaseCAM only stores it; it is called here alone.
-        self.reshape_transform = reshape_transform
-        self.rule = rule
-        self._names = [name for _, name in found]
-        self._images: tuple[int, ...] | None = None
+        layers = [find_layer(model, layer)[0] for layer in target_layers]
+        super().__init__(model, layers, reshape_transform)
 
-    def start_pass(self) -> RulePass:
-        """Prepare the next forward pass."""
-        return RulePass(self.target_layers, self._names, find_rule(self.rule))
+    def run_pass(self, input_tensor: Tensor) -> tuple[MapPass, Any]:
+        """Run the model once; return the pass and the model's output."""
+        one = self._start()
+        return one, one.run(lambda: self.model(input_tensor), input_tensor)
 
-    def compute_cam_per_layer(
-        self, input_tensor: Tensor, targets: Sequence[Target], eigen_smooth: bool
-    ) -> list[np.ndarray]:
-        """Turn the pass that was made into one map a layer."""
-        self._images = tuple(input_tensor.shape)
-        return super().compute_cam_per_layer(input_tensor, targets, eigen_smooth)
+    def _start(self) -> MapPass:
+        return MapPass(self.model, self.target_layers, self.rule, self.reshape_transform, regions=2)
 
     def explain(
-        self, one: RulePass, outputs: Any, targets: Sequence[Target], eigen_smooth: bool
+        self, one: MapPass, outputs: Any, targets: Sequence[Target], eigen_smooth: bool
     ) -> Iterator[tuple[Tensor, np.ndarray]]:
         """Explain a pass: for each target layer its map ``[B, 1, h, w]``, and as float32 array."""
-        gradients = one.gradients(lambda: _total_score(outputs, targets))
-        for activation, gradient, layer, name in zip(
-            one.activations, gradients, self.target_layers, self._names, strict=True
-        ):
-            transform = self.reshape_transform
-            if isinstance(transform, str):
-                transform = transform_for(
-                    self.model, layer, name, _only(activation, name).shape, self._images
-                )
-            a, g = _as_map(activation, transform), _as_map(gradient, transform)
-            if transform is not None and len(gradient) == 1:
-                refuse_unreached(gradient[0], g, name)
-            attribution = find_rule(self.rule).map(a, g)
+        for (maps,) in one.maps(lambda: _scores(outputs, targets), sum_channels=not eigen_smooth):
             if eigen_smooth:
-                parts = find_rule(self.rule).map(a, g, sum_channels=False)
-                yield attribution, get_2d_projection(to_numpy(parts))
+                yield maps.sum(dim=1, keepdim=True), get_2d_projection(to_numpy(maps))
             else:
-                yield attribution, to_numpy(attribution[:, 0])
+                yield maps, to_numpy(maps[:, 0])
+
+    def attribute_references(
+        self, input_tensor: Tensor, indices: Any = None, *, references_per_chunk: int = 64
+    ) -> np.ndarray:
+        """Explain each image's score at many references from one forward pass.
+
+        Equal to calling the object once for every column of ``indices``, at the price of one call.
+        :attr:`attributions` then holds the signed maps ``[B, k, 1, h, w]``.
+
+        Args:
+            input_tensor: Images ``[B, C, H, W]``, or volumes ``[B, C, D, H, W]``.
+            indices: Which references to explain: ``[B, k]``, a row per image, as a tensor, an
+                array or a nested list; all of them by default.
+            references_per_chunk: How many references per image are worked on at a time: bounds
+                the memory, changes nothing else.
+
+        Returns:
+            float32 ``[B, k, H, W]`` (volumes: ``[B, k, D, H, W]``), each map in [0, 1].
+
+        Raises:
+            IndexError: If there is no reference of an index.
+            TypeError: If indices are no integers.
+            ValueError: If indices are not ``[B, k]``, the model does not return ``[B, N]``, and
+                as for a call.
+
+        Example:
+            >>> from fam_plugins import SimilarityModel
+            >>> encoder = nn.Sequential(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+            >>> cam = FAM(SimilarityModel(encoder, torch.eye(3)), ["0"], rule="centred")
+            >>> cam.attribute_references(torch.rand(2, 3, 4, 4), [[0, 2], [1, 0]]).shape
+            (2, 2, 4, 4)
+        """
+        check_images(input_tensor)
+        scores = ModelScores(self.model)
+        chosen = as_indices(indices, scores, len(input_tensor), references_per_chunk)
+        if self.device is not None:
+            input_tensor = input_tensor.to(self.device)
+        with eval_mode(self.model):
+            found = map_references(
+                self._start(),
+                scores,
+                lambda: scores.forward(input_tensor),
+                input_tensor,
+                indices=chosen,
+                per_chunk=references_per_chunk,
+            )
+        self.attributions = [maps for (maps,) in found]
+        flat = [to_numpy(maps.flatten(0, 2)) for maps in self.attributions]
+        cams = self.aggregate_multi_layers([self.scaled(cam, input_tensor) for cam in flat])
+        batched: np.ndarray = cams.reshape(len(input_tensor), -1, *input_tensor.shape[2:])
+        return batched
 
 
-def _only(tensors: LayerTensors, name: str) -> Tensor:
-    if len(tensors) != 1:
-        raise ValueError(
-            f"layer {name!r} gives {len(tensors)} tensors: pass a reshape_transform that picks one "
-            "and lays it out as [B, C, h, w]"
-        )
-    return tensors[0]
-
-
-def _as_map(tensors: LayerTensors, transform: Callable[[Any], Tensor] | None) -> Tensor:
-    batch = len(tensors[0])
-    given = tensors[0] if len(tensors) == 1 else tensors
-    result = given if transform is None else transform(given)
-    if not isinstance(result, Tensor) or result.dim() not in (4, 5) or len(result) != batch:
-        what = "the layer" if transform is None else "reshape_transform"
-        shape = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
-        raise ValueError(
-            f"{what} gives {shape}, not [{batch}, C, h, w]: pass a reshape_transform that "
-            "keeps the batch first and puts the channels second"
-        )
-    return result
-
-
-def _total_score(outputs: Any, targets: Sequence[Target]) -> Tensor:
+def _scores(outputs: Any, targets: Sequence[Target]) -> Tensor:
+    """The score that each target returns for its image, ``[B]``."""
     scores = []
     for target, output in zip(targets, outputs, strict=True):
         value = target(output)

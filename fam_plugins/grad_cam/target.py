@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fam_plugins.core.similarity import check_embeddings, find_similarity, score
+from fam_plugins.core.scores import check_embeddings, score
+from fam_plugins.core.similarity import Similarity, as_similarity
 
 __all__ = ["SimilarityTarget"]
 
@@ -20,10 +22,12 @@ class SimilarityTarget:
 
     Args:
         reference: The embedding to compare with, ``[D]`` or ``[1, D]``; copied and detached.
-        similarity: ``"cosine"``, ``"dot"`` or ``"euclidean"`` (negative squared distance).
+        similarity: As for :class:`~fam_plugins.SimilarityModel`: a name, a
+            :class:`~fam_plugins.Similarity`, a distance of pytorch-metric-learning or a function.
         contrast: Embeddings ``[M, D]`` or ``[D]``; the mean similarity to them is subtracted.
 
     Raises:
+        TypeError: If ``similarity`` is of no such kind.
         ValueError: On an unknown similarity, or embeddings that are not finite, zero (cosine), or
             of another shape.
 
@@ -36,19 +40,22 @@ class SimilarityTarget:
     """
 
     def __init__(
-        self, reference: Tensor, similarity: str = "cosine", contrast: Tensor | None = None
+        self,
+        reference: Tensor,
+        similarity: str | Similarity | Callable[..., Tensor] = "cosine",
+        contrast: Tensor | None = None,
     ) -> None:
-        allow_zero = not find_similarity(similarity).scale_free
-        self.similarity = similarity
+        self._similarity = as_similarity(similarity)
+        self.similarity = self._similarity.name
+        allow_zero = not self._similarity.scale_free
         self.reference = _rows(reference, "reference", allow_zero)
         if len(self.reference) != 1:
             raise ValueError(
                 f"reference has shape {tuple(reference.shape)}: pass one embedding [D]; average "
                 "several shots with fam_plugins.prototypes first"
             )
-        self.contrast = None if contrast is None else _rows(contrast, "contrast", allow_zero)
-        if self.contrast is not None:
-            check_embeddings(self.contrast, width=self.reference.shape[1], what="contrast")
+        width = self.reference.shape[1]
+        self.contrast = None if contrast is None else _rows(contrast, "contrast", allow_zero, width)
 
     def __call__(self, model_output: Tensor) -> Tensor:
         """Score one embedding ``[D]`` -> scalar, or a batch ``[B, D]`` -> ``[B]``.
@@ -67,17 +74,15 @@ class SimilarityTarget:
                 f"the model gives shape {tuple(model_output.shape)} where an embedding [D] is "
                 "expected: append pooling and nn.Flatten() to it"
             )
-        reference, contrast = (
-            None if rows is None else rows.to(model_output.device, model_output.dtype)
-            for rows in (self.reference, self.contrast)
-        )
-        assert reference is not None
+        contrast = None if self.contrast is None else self.contrast.to(model_output)
         embeddings = model_output.reshape(-1, model_output.shape[-1])
-        scores = score(self.similarity, embeddings, reference, contrast)[:, 0]
+        reference = self.reference.to(model_output)
+        scores = score(self._similarity, embeddings, reference, contrast)[:, 0]
         return scores[0] if model_output.dim() == 1 else scores
 
 
-def _rows(embeddings: Any, what: Literal["reference", "contrast"], allow_zero: bool) -> Tensor:
+def _rows(embeddings: Any, what: str, allow_zero: bool, width: int | None = None) -> Tensor:
+    """Embeddings ``[D]`` or ``[M, D]``, copied, as ``[M, D]``."""
     with torch.inference_mode(False):
         rows = torch.as_tensor(embeddings).detach().clone()
     if rows.dim() == 1:
@@ -87,5 +92,5 @@ def _rows(embeddings: Any, what: Literal["reference", "contrast"], allow_zero: b
             f"{what} has shape {tuple(rows.shape)}: pass embeddings [D] or [M, D]; embed images "
             "with the encoder first"
         )
-    check_embeddings(rows, allow_zero=allow_zero, what=what)
+    check_embeddings(rows, width=width, allow_zero=allow_zero, what=what)
     return rows

@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fam_plugins.core.similarity import (
-    NEGATIVE_DISTANCE,
     Similarity,
     find_similarity,
     on_unit_length,
 )
 
+NEGATIVE_DISTANCE = find_similarity("euclidean")
+from_easyfsl = None
 __all__ = ["Features", "read_easyfsl"]
 
 
@@ -120,7 +121,7 @@ def _candidates(power: Any) -> list[tuple[Similarity, float | None]]:
     """Similarities to try, each with the normalisation that the encoder keeps beside it."""
     if power == 2:
         # As part of the similarity the norm can be held constant, and maps stay exact.
-        squared = find_similarity("euclidean")
+        squared = find_similarity("sqeuclidean")
         return [
             (find_similarity("cosine"), None),
             (on_unit_length(NEGATIVE_DISTANCE, references_too=False), None),
@@ -129,7 +130,7 @@ def _candidates(power: Any) -> list[tuple[Similarity, float | None]]:
     return [
         (find_similarity("cosine"), None),
         (NEGATIVE_DISTANCE, power),
-        (find_similarity("euclidean"), power),
+        (find_similarity("sqeuclidean"), power),
     ]
 
 

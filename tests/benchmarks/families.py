@@ -21,7 +21,7 @@ def measured(family: Family, images: torch.Tensor) -> str:
         width = net(images).shape[1]
     torch.manual_seed(1)
     model = SimilarityModel(net, torch.randn(3, width).double())
-    explainer = LayerFam(model, family.layer, rule="additive", activation_transform="auto")
+    explainer = LayerFam(model, family.layer, rule="additive", reshape_transform="auto")
     try:
         _, delta = explainer.attribute(images, 1, return_convergence_delta=True)
     except ValueError:

@@ -75,7 +75,7 @@ def test_tuple_targets_for_outputs_of_more_dimensions():
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        (None, "more than one score an image: pass target="),
+        (None, "more than one score per image: pass target="),
         (5, "target 5 is out of range: the model has 5 outputs, so targets go from 0 to 4"),
         (-6, "out of range"),
         (1.0, "is a float: pass an int"),
@@ -222,15 +222,15 @@ class TestTransform:
     @pytest.mark.parametrize("rule", ["fam", "additive", "centred", "gradcam"])
     def test_tokens_give_the_map_they_were_made_of(self, rule):
         net = self.Tokens().eval()
-        ours = LayerFam(net, net.tokens, rule=rule, activation_transform=self.to_map)
+        ours = LayerFam(net, net.tokens, rule=rule, reshape_transform=self.to_map)
         expected = LayerFam(net, net.net.features, rule=rule)
         torch.testing.assert_close(ours.attribute(IMAGES, 1), expected.attribute(IMAGES, 1))
 
     @pytest.mark.parametrize(
         ("transform", "message"),
         [
-            (lambda t: t.flatten(), r"not \[3, C, ...\].*keep the batch first"),
-            (lambda t: t.reshape(1, 6, -1), "keep the batch first"),
+            (lambda t: t.flatten(), r"not \[3, C, h, w\].*keeps the batch first"),
+            (lambda t: t.reshape(1, 6, -1), "keeps the batch first"),
             (lambda t: None, "gives NoneType"),
         ],
     )
@@ -238,7 +238,7 @@ class TestTransform:
         net = self.Tokens().eval()
         before = State.of(net)
         with pytest.raises(ValueError, match=message):
-            LayerFam(net, net.tokens, activation_transform=transform).attribute(IMAGES, 1)
+            LayerFam(net, net.tokens, reshape_transform=transform).attribute(IMAGES, 1)
         before.assert_unchanged(net)
 
 
@@ -252,7 +252,7 @@ def test_a_layer_without_channels_is_refused():
             return self.one(x.sum(dim=(1, 2, 3)))
 
     net = Net()
-    with pytest.raises(ValueError, match=r"shape \(3,\): a map needs"):
+    with pytest.raises(ValueError, match=r"gives \(3,\) for 3 images"):
         LayerFam(net, net.one).attribute(IMAGES)
 
 

@@ -24,7 +24,7 @@ class Explainer:
     explain: Callable[[nn.Module, nn.Module | str, Tensor, list[int]], Tensor]
     keeps_mode: bool
     """Whether it runs the model in the mode it finds it in (Captum), or in eval mode."""
-    kinds: tuple[str, ...] = ("classifier", "cosine", "dot", "euclidean", "contrast")
+    kinds: tuple[str, ...] = ("classifier", "cosine", "dot", "sqeuclidean", "contrast")
     """The models of :data:`MODELS` that it explains."""
 
     def __str__(self) -> str:
@@ -95,8 +95,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "classifier": classifier,
     "cosine": similarity_model,
     "dot": lambda: similarity_model("dot"),
-    "euclidean": lambda: similarity_model("euclidean"),
-    "contrast": lambda: similarity_model("euclidean", "others"),
+    "sqeuclidean": lambda: similarity_model("sqeuclidean"),
+    "contrast": lambda: similarity_model("sqeuclidean", "others"),
     "cape": lambda: cape_model(),
 }
 

@@ -41,7 +41,7 @@ def case(request):
     return request.param, net, layer, torch.randn(2, 3, 64, 64).double()
 
 
-@pytest.mark.parametrize("similarity", ["cosine", "dot", "euclidean", "classifier"])
+@pytest.mark.parametrize("similarity", ["cosine", "dot", "sqeuclidean", "classifier"])
 def test_equals_captum_and_pytorch_grad_cam(case, similarity):
     _, net, layer, images = case
     model = net

@@ -38,9 +38,7 @@ def test_at_least_ten_families_in_both_libraries():
 
 def test_additive_adds_up_as_the_table_says(case):
     family, model, images = case
-    explainer = LayerFam(
-        model, family.layer, rule="additive", activation_transform=family.transform
-    )
+    explainer = LayerFam(model, family.layer, rule="additive", reshape_transform=family.transform)
     if family.maps == REFUSED:
         with pytest.raises(ValueError, match="class token"):
             explainer.attribute(images, 1)
@@ -67,8 +65,8 @@ def test_auto_finds_the_transform_and_both_adapters_agree(case):
     assert found == family.transform
     if family.maps == REFUSED:
         return
-    maps = LayerFam(model, family.layer, activation_transform="auto").attribute(images, 1)
-    by_hand = LayerFam(model, family.layer, activation_transform=found).attribute(images, 1)
+    maps = LayerFam(model, family.layer, reshape_transform="auto").attribute(images, 1)
+    by_hand = LayerFam(model, family.layer, reshape_transform=found).attribute(images, 1)
     assert torch.equal(maps, by_hand)
     with FAM(model, [family.layer], "auto") as cam:
         shown = cam(images, TARGETS)
@@ -84,7 +82,7 @@ def test_gradcam_is_captums(case):
     if family.maps == REFUSED:
         return
     maps = LayerFam(
-        model, family.layer, rule="gradcam", activation_transform=family.transform
+        model, family.layer, rule="gradcam", reshape_transform=family.transform
     ).attribute(images, 1)
     layer = model.encoder.get_submodule(family.layer)
     if family.transform is None:

@@ -13,7 +13,7 @@ from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import nn
 
 from fam_plugins import FAM, LayerFam, SimilarityModel, prototypes
-from fam_plugins.core.similarity import frozen_scores, score
+from fam_plugins.core.scores import frozen_scores, score
 from tests.contracts.explainers import fam, layer_fam
 from tests.networks import classifier, encoder, pooled
 
@@ -21,7 +21,7 @@ REFERENCE = Path(__file__).parents[1] / "data" / "fam_reference.npz"
 IMAGES = torch.randn(3, 3, 8, 10, generator=torch.Generator().manual_seed(0)).double()
 ROWS = torch.randn(4, 6, generator=torch.Generator().manual_seed(1)).double()
 both = pytest.mark.parametrize("make", [layer_fam, fam], ids=["LayerFam", "FAM"])
-each_similarity = pytest.mark.parametrize("similarity", ["cosine", "dot", "euclidean"])
+each_similarity = pytest.mark.parametrize("similarity", ["cosine", "dot", "sqeuclidean"])
 
 
 @both
@@ -46,7 +46,7 @@ def test_additive_sums_to_the_score(make, similarity, contrast):
     maps = make("additive").explain(model, "last", IMAGES, [2, 2, 2])
     with torch.no_grad():
         scores = model(IMAGES)[:, 2]
-        if similarity == "euclidean":  # the frozen score has no -|z|^2; under contrast it cancels
+        if similarity == "sqeuclidean":  # the frozen score has no -|z|^2; under contrast it cancels
             constant = -ROWS.square().sum(1)
             if contrast == "others":
                 constant = constant[2] - constant[[0, 1, 3]].mean()

@@ -13,7 +13,7 @@ from tests.networks import State, encoder
 IMAGES = torch.randn(11, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("similarity", ["cosine", "dot", "euclidean"])
+@pytest.mark.parametrize("similarity", ["cosine", "dot", "sqeuclidean"])
 def test_equals_the_mean_of_all_at_once(similarity):
     net = encoder().train()
     before = State.of(net)

@@ -10,13 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from fam_plugins import LayerFam, SimilarityModel, explain_pair
-from fam_plugins.core.similarity import (
-    NEGATIVE_DISTANCE,
-    as_similarity,
-    frozen_scores,
-    on_unit_length,
-    score,
-)
+from fam_plugins.core.scores import frozen_scores, score
+from fam_plugins.core.similarity import as_similarity, find_similarity, on_unit_length
 from tests.networks import encoder
 
 IMAGES = torch.randn(3, 3, 8, 10, generator=torch.Generator().manual_seed(0))
@@ -51,10 +46,10 @@ def test_pytorch_metric_learning_is_reproduced(name, options):
 def test_what_cannot_be_split_is_refused_with_the_reason():
     distances = metric_learning()
     for distance, message in (
-        (distances.LpDistance(p=1), "p=1: only the Euclidean norm.*lambda z, t: -distance"),
-        (distances.LpDistance(power=3), "power=3.*power 1 or 2 does"),
+        (distances.LpDistance(p=1), "p=1, and only the Euclidean norm.*lambda z, t: -distance"),
+        (distances.LpDistance(power=3), "power=3, and only power 1 or 2"),
         (distances.CosineSimilarity(power=2), r"power=2.*lambda z, t: distance\(z, t\)"),
-        (distances.SNRDistance(), "something other than"),
+        (distances.SNRDistance(), "no dot product, cosine or Euclidean distance"),
     ):
         with pytest.raises(ValueError, match=message):
             SimilarityModel(encoder(), ROWS, similarity=distance)
@@ -66,8 +61,8 @@ def test_frozen_distance_is_the_euclidean_direction_over_twice_the_distance():
     z = torch.randn(2, 6, dtype=torch.float64, requires_grad=True)
     rows = ROWS.double()
     with frozen_scores():
-        plain = score(NEGATIVE_DISTANCE, z, rows)
-        unit = score(on_unit_length(NEGATIVE_DISTANCE), z, rows)
+        plain = score("euclidean", z, rows)
+        unit = score(on_unit_length(find_similarity("euclidean")), z, rows)
     for i in range(2):
         for j in range(5):
             found = torch.autograd.grad(plain[i, j], z, retain_graph=True)[0][i]
@@ -82,7 +77,7 @@ def test_frozen_distance_is_the_euclidean_direction_over_twice_the_distance():
 
 def test_distance_zero_gives_no_nan():
     net = encoder()
-    model = SimilarityModel(net, net(IMAGES), similarity=NEGATIVE_DISTANCE)
+    model = SimilarityModel(net, net(IMAGES), similarity="euclidean")
     for rule in ("additive", "gradcam"):
         assert torch.isfinite(LayerFam(model, "last", rule=rule).attribute(IMAGES, 0)).all()
 

@@ -33,7 +33,7 @@ def on_disk(tmp_path, rows, dtype=np.float32):
     return np.load(path, mmap_mode="r")
 
 
-@pytest.mark.parametrize("similarity", ["cosine", "dot", "euclidean"])
+@pytest.mark.parametrize("similarity", ["cosine", "dot", "sqeuclidean"])
 @pytest.mark.parametrize("contrast", [None, "others", ROWS[:2]], ids=["none", "others", "rows"])
 def test_scores_and_maps_are_those_of_references_in_memory(tmp_path, similarity, contrast):
     options = {"similarity": similarity, "contrast": contrast}

@@ -12,12 +12,18 @@ from tests.networks import classifier
 IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
+def gradients(one: LayerPass, score: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
+    """Of the sum of scores, without the dimension of cotangents."""
+    found = one.gradients(score, torch.ones_like(score)[None])
+    return [tuple(part[0] for part in parts) for parts in found]
+
+
 def test_gradients_of_several_layers_in_sequence_equal_autograd():
     net = classifier()
     names = ["last", "conv", "features"]
     one = LayerPass([net.get_submodule(n) for n in names], names)
     out = one.run(lambda: net(IMAGES))
-    found = one.gradients(lambda: out[:, 2])
+    found = gradients(one, out[:, 2])
 
     kept = {}
     handles = [
@@ -49,7 +55,7 @@ def test_parallel_branches_each_get_their_gradient():
     net = Branches()
     one = LayerPass([net.right, net.left], ["right", "left"])
     out = one.run(lambda: net(torch.ones(1, 4)))
-    (right,), (left,) = one.gradients(lambda: out)
+    (right,), (left,) = gradients(one, out)
     assert right.eq(3).all()
     assert left.eq(2).all()
 
@@ -63,7 +69,7 @@ def test_nothing_before_the_layer_is_kept():
     ):
         one = LayerPass([net.last], ["last"])
         out = one.run(lambda: net(IMAGES))
-        one.gradients(lambda: out[:, 0])
+        gradients(one, out[:, 0])
     assert saved, "the tail does save something"
     before = {tuple(net.conv(IMAGES).shape), tuple(IMAGES.shape)}
     assert not before & {tuple(s) for s in saved}
@@ -75,7 +81,7 @@ def test_the_layer_input_can_be_explained_instead():
     at_output = LayerPass([net.last], ["last"])
     for one in (at_input, at_output):
         out = one.run(lambda: net(IMAGES))
-        one.found = one.gradients(lambda out=out: out[:, 0])
+        one.found = gradients(one, out[:, 0])
     torch.testing.assert_close(at_input.found[0][0], at_output.found[0][0])
     torch.testing.assert_close(at_input.activations[0][0], at_output.activations[0][0])
 
@@ -103,7 +109,7 @@ def test_a_tensor_the_score_ignores_has_zero_gradient():
     net = Net()
     one = LayerPass([net.pair], ["pair"])
     out = one.run(lambda: net(torch.ones(2, 3)))
-    ((used, ignored),) = one.gradients(lambda: out)
+    ((used, ignored),) = gradients(one, out)
     assert used.eq(1).all()
     assert ignored.eq(0).all()
 
@@ -144,3 +150,28 @@ class TestFindLayer:
     def test_refuses_what_is_no_layer(self, model, layer, error, message):
         with pytest.raises(error, match=message):
             find_layer(model, layer)
+
+
+class OwnBackward(torch.autograd.Function):
+    """Looks at values, which cannot be vectorised."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * (2 if grad.sum().item() < 1e9 else 0)
+
+
+@pytest.mark.parametrize("tail", [lambda z: 2 * z, OwnBackward.apply])
+def test_many_cotangents_equal_one_at_a_time(tail):
+    net = classifier()
+    one = LayerPass([net.last, net.conv], ["last", "conv"])
+    out = tail(one.run(lambda: net(IMAGES)))
+    cotangents = torch.eye(10).reshape(10, 2, 5)
+    many = one.gradients(out, cotangents)
+    for number in range(10):
+        step = one.gradients(out, cotangents[number : number + 1], retain_graph=True)
+        for (found,), (wanted,) in zip(many, step, strict=True):
+            torch.testing.assert_close(found[number], wanted[0])

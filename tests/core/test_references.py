@@ -16,7 +16,7 @@ from tests.networks import State, encoder
 def test_prototypes_equal_plain_loops():
     z = torch.randn(6, 4, dtype=torch.float64)
     labels = [7, 2, 7, 2, 2, 9]
-    for name in ("cosine", "dot", "euclidean"):
+    for name in ("cosine", "dot", "sqeuclidean"):
         rows = prototypes(z, labels, name)
         for row, label in zip(rows, (2, 7, 9), strict=True):
             members = [z[i] for i in range(6) if labels[i] == label]

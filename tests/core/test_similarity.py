@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from fam_plugins.core.similarity import SIMILARITIES, Frozen, find_similarity, frozen_scores, score
+from fam_plugins.core.scores import Frozen, frozen_scores, score
+from fam_plugins.core.similarity import SIMILARITIES, find_similarity
 
 NAMES = sorted(SIMILARITIES)
 
@@ -22,13 +23,19 @@ def by_loop(name: str, z: list[float], t: list[float]) -> float:
     dot = sum(a * b for a, b in zip(z, t, strict=True))
     if name == "dot":
         return dot
-    if name == "euclidean":
-        return -sum((a - b) ** 2 for a, b in zip(z, t, strict=True))
+    if name.endswith("euclidean"):
+        squared = sum((a - b) ** 2 for a, b in zip(z, t, strict=True))
+        return -squared if name == "sqeuclidean" else -math.sqrt(squared)
     return dot / math.sqrt(sum(a * a for a in z)) / math.sqrt(sum(b * b for b in t))
 
 
 def frozen_gradient_by_hand(name: str, z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    return {"cosine": t / t.norm() / z.norm(), "dot": t, "euclidean": 2 * t}[name]
+    return {
+        "cosine": t / t.norm() / z.norm(),
+        "dot": t,
+        "sqeuclidean": 2 * t,
+        "euclidean": t / (z - t).norm(),
+    }[name]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -102,28 +109,24 @@ class TestScore:
         with pytest.raises(ValueError, match="7 values and the references have 6.*same encoder"):
             score(name, vectors(2), vectors(3, 6))
 
-    def test_others_needs_two(self, name):
-        with pytest.raises(ValueError, match="at least 2 references"):
-            score(name, vectors(2), vectors(1), "others")
-
 
 def test_zero_embedding_is_refused_under_cosine_only():
     zero = torch.zeros(1, 7, dtype=torch.float64)
     with pytest.raises(ValueError, match='row 0 is all zero.*similarity="dot"'):
         score("cosine", zero, vectors(2))
     assert score("dot", zero, vectors(2)).eq(0).all()
-    assert score("euclidean", zero, vectors(2)).lt(0).all()
+    assert score("sqeuclidean", zero, vectors(2)).lt(0).all()
 
 
 def test_euclidean_gradient_at_distance_zero_is_finite():
     z = vectors(1).requires_grad_()
-    (grad,) = torch.autograd.grad(score("euclidean", z, z.detach()).sum(), z)
+    (grad,) = torch.autograd.grad(score("sqeuclidean", z, z.detach()).sum(), z)
     assert grad.eq(0).all()
 
 
 def test_euclidean_keeps_small_distances_of_long_vectors():
     t = torch.full((1, 512), 10.0)
-    assert score("euclidean", t + 1e-3, t).item() == pytest.approx(-512e-6, rel=1e-3)
+    assert score("sqeuclidean", t + 1e-3, t).item() == pytest.approx(-512e-6, rel=1e-3)
 
 
 def test_scaling_a_reference_changes_nothing_under_cosine():
@@ -134,6 +137,9 @@ def test_scaling_a_reference_changes_nothing_under_cosine():
 def test_unknown_similarity_suggests_the_closest():
     with pytest.raises(ValueError, match="did you mean 'cosine'"):
         find_similarity("cosin")
+    for name in ("l2", "L2"):
+        with pytest.raises(ValueError, match="did you mean 'euclidean' .* or 'sqeuclidean'"):
+            find_similarity(name)
 
 
 def test_freezing_ends_with_the_block_even_on_an_error():

@@ -10,14 +10,14 @@ import torch
 from torch import nn
 
 from fam_plugins import SimilarityModel, prototypes
-from fam_plugins.core.similarity import score
+from fam_plugins.core.scores import score
 from tests.networks import State, encoder
 
 IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 ROWS = torch.randn(3, 6, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("similarity", ["cosine", "dot", "euclidean"])
+@pytest.mark.parametrize("similarity", ["cosine", "dot", "sqeuclidean"])
 @pytest.mark.parametrize("contrast", [None, "others", ROWS[:2]], ids=["none", "others", "rows"])
 def test_scores_are_the_similarities_of_the_embeddings(similarity, contrast):
     model = SimilarityModel(encoder(), ROWS, similarity=similarity, contrast=contrast)
@@ -74,7 +74,7 @@ def test_gradient_flows_to_the_encoder_for_training():
 def test_from_support_builds_prototypes_and_remembers_labels():
     net = encoder()
     labels = [30, 10, 30, 20]
-    for similarity in ("cosine", "euclidean"):
+    for similarity in ("cosine", "sqeuclidean"):
         model = SimilarityModel.from_support(net, IMAGES, labels, similarity=similarity)
         assert model.labels == (10, 20, 30)
         expected = prototypes(net(IMAGES), labels, similarity)
@@ -126,7 +126,7 @@ def test_bad_references_are_refused(references, options, error, message):
 
 
 def test_zero_references_are_fine_where_length_counts():
-    SimilarityModel(encoder(), torch.zeros(1, 6), similarity="euclidean")
+    SimilarityModel(encoder(), torch.zeros(1, 6), similarity="sqeuclidean")
 
 
 def test_references_of_another_width_are_refused_on_use():

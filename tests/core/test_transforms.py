@@ -206,8 +206,8 @@ def test_auto_is_the_transform_given_by_hand(build, layer, transform, wrap):
     elif wrap == "method":
         model = net.forward
     module = net.get_submodule(layer)
-    expected = LayerFam(model, module, activation_transform=transform).attribute(IMAGES, 1)
-    auto = LayerFam(model, module, activation_transform="auto")
+    expected = LayerFam(model, module, reshape_transform=transform).attribute(IMAGES, 1)
+    auto = LayerFam(model, module, reshape_transform="auto")
     assert torch.equal(auto.attribute(IMAGES, 1), expected)
     if wrap == "method":
         return
@@ -218,7 +218,7 @@ def test_auto_is_the_transform_given_by_hand(build, layer, transform, wrap):
 
 def test_auto_takes_no_further_forward_pass_and_tells_layers_apart():
     net = encoder()
-    LayerFam(net, "last", activation_transform="auto").attribute(IMAGES, 1)
+    LayerFam(net, "last", reshape_transform="auto").attribute(IMAGES, 1)
     assert net.calls == 1
     net = vit()
     cam = FAM(net, ["conv_proj", "encoder.layers.encoder_layer_1.ln_1"], "auto")
@@ -244,7 +244,7 @@ def test_patches_that_the_score_does_not_read_are_refused(transform):
     """Behind the last block only the class token bears the score."""
     net = vit()
     with pytest.raises(ValueError, match=r"'encoder'.*class token.*encoder.layers\[-1\].ln_1"):
-        LayerFam(net, net.encoder, activation_transform=transform).attribute(IMAGES, 1)
+        LayerFam(net, net.encoder, reshape_transform=transform).attribute(IMAGES, 1)
     with pytest.raises(ValueError, match=r"class token.*blocks\[-1\].norm1"):
         FAM(net, [net.encoder], transform)(IMAGES, [ClassifierOutputTarget(1)] * 2)
     LayerFam(net, net.encoder).attribute(IMAGES, 1)
@@ -252,19 +252,22 @@ def test_patches_that_the_score_does_not_read_are_refused(transform):
 
 @pytest.mark.parametrize(
     ("transform", "kind", "message"),
-    [("tokens", ValueError, 'must be "auto"'), (7, TypeError, "must be callable, not int")],
+    [
+        ("tokens", ValueError, 'must be "auto"'),
+        (7, TypeError, 'must be "auto", a callable or None, not 7'),
+    ],
 )
 def test_what_is_no_transform_is_refused_at_once(transform, kind, message):
     net = encoder()
-    with pytest.raises(kind, match="activation_transform " + message):
-        LayerFam(net, "last", activation_transform=transform)
+    with pytest.raises(kind, match="reshape_transform " + message):
+        LayerFam(net, "last", reshape_transform=transform)
     with pytest.raises(kind, match="reshape_transform " + message):
         FAM(net, ["last"], transform)
 
 
 def test_auto_asks_for_a_transform_where_a_function_hides_the_model():
     net = vit()
-    explainer = LayerFam(lambda x: net(x), net.encoder.layers[0].ln_1, activation_transform="auto")
+    explainer = LayerFam(lambda x: net(x), net.encoder.layers[0].ln_1, reshape_transform="auto")
     with pytest.raises(ValueError, match=r"17 = 1 \+ 4 x 4.*tokens_to_map\(4, 4, skip=1\)"):
         explainer.attribute(IMAGES, 1)
 
@@ -288,7 +291,7 @@ class TwoMaps(nn.Module):
 
 def test_auto_with_a_layer_that_gives_two_tensors():
     net = Pair()
-    maps = LayerFam(net, "two", activation_transform="auto").attribute(IMAGES, 1)
+    maps = LayerFam(net, "two", reshape_transform="auto").attribute(IMAGES, 1)
     assert [part.shape for part in maps] == [(2, 1, 32, 32)] * 2
     with pytest.raises(TypeError, match="'two' gives 2 tensors: choose a layer inside"):
         infer_transform(net, "two", IMAGES)

@@ -23,7 +23,7 @@ from pytorch_grad_cam.utils.model_targets import (
 from torch import nn
 
 from fam_plugins import FAM, SimilarityModel, SimilarityTarget
-from fam_plugins.core.similarity import score
+from fam_plugins.core.scores import score
 from tests.contracts.explainers import similarity_model
 from tests.networks import State, classifier, encoder
 
@@ -57,7 +57,7 @@ class TestResult:
             FAM(nn.Sequential(encoder(), nn.Unflatten(1, (3, 2))), ["0.last"])(IMAGES)
 
     def test_outputs_are_at_hand_and_detached(self):
-        model = similarity_model("euclidean")
+        model = similarity_model("sqeuclidean")
         cam = FAM(model, ["last"])
         cam(IMAGES, TARGETS)
         torch.testing.assert_close(cam.outputs, model(IMAGES).detach())
@@ -113,13 +113,13 @@ class TestResult:
         for wrong in (lambda t: t, lambda t: t.flatten(), lambda t: [t]):
             with pytest.raises(ValueError, match="reshape_transform gives"):
                 FAM(net, [net.tokens], wrong)(IMAGES, target)
-        with pytest.raises(ValueError, match="the layer gives.*pass a reshape_transform"):
+        with pytest.raises(ValueError, match="layer 'tokens' gives.*pass a reshape_transform"):
             FAM(net, [net.tokens])(IMAGES, target)
 
 
 class TestTargets:
     def test_any_callable_with_the_gradient_of_the_frozen_scores(self):
-        model = similarity_model("euclidean")
+        model = similarity_model("sqeuclidean")
         cam = FAM(model, ["last"], rule="additive")
         maps = []
         for target in (ClassifierOutputTarget(0), ClassifierOutputTarget(1), lambda o: o[0] - o[1]):
@@ -228,7 +228,7 @@ class TestNoTrapOfBaseCam:
 
 
 class TestSimilarityTarget:
-    @pytest.mark.parametrize("similarity", ["cosine", "dot", "euclidean"])
+    @pytest.mark.parametrize("similarity", ["cosine", "dot", "sqeuclidean"])
     @pytest.mark.parametrize("contrast", [None, ROWS[1:], ROWS[1]], ids=["none", "set", "one"])
     def test_scores_one_embedding_or_a_batch(self, similarity, contrast):
         z = torch.randn(5, 6)

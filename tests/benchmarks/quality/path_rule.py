@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fam_plugins.core.layer_pass import LayerPass
-from fam_plugins.core.rules import additive
+from fam_plugins.core.maps import MapPass
 
 Score = Callable[[Tensor], Tensor]
 
@@ -49,12 +48,11 @@ def path_map(
         images: ``[B, C, H, W]``.
         baseline: ``[D]``, for instance the mean embedding of a gallery.
     """
-    one = LayerPass([layer], ["layer"])
-    embeddings = one.run(lambda: encoder(images))
+    one = MapPass(encoder, [layer], "additive")
+    embeddings = one.run(lambda: encoder(images), images)
     weights = path_gradient(score, embeddings.detach(), baseline)
-    ((gradient,),) = one.gradients(lambda: (embeddings * weights).sum(dim=1))
-    ((activation,),) = one.activations
-    shares = additive(activation, gradient)[:, 0]
+    ((maps,),) = one.maps(lambda: (embeddings * weights).sum(dim=1))
+    shares = maps[:, 0]
     # The baseline is an embedding, not a map: its part (and a bias of the tail) belongs to no
     # region in particular, so every region carries the same share of it.
     wanted = (weights * (embeddings.detach() - baseline)).sum(dim=1)

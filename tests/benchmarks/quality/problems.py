@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from fam_plugins import prototypes
 from fam_plugins.core.references import embed_once
-from fam_plugins.core.similarity import Contrast, find_similarity, score
+from fam_plugins.core.scores import Contrast, score
+from fam_plugins.core.similarity import find_similarity
 
 # The examples are scripts, not a package: they find each other by their folder.
 sys.path.insert(0, str(Path(__file__).parents[3] / "compat_examples"))

@@ -1,0 +1,229 @@
+"""From images to embeddings to scores: one score per reference, less a contrast; frozen on demand.
+
+Inside :func:`frozen_scores` every score of this package keeps its value and sends back the gradient
+of its linear form instead of its own. That is all an explainer needs: it runs the model as it is,
+in one forward pass, and reads off exact shares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from fam_plugins.core.similarity import Similarity, as_similarity
+
+__all__ = ["Contrast", "Frozen", "check_embeddings", "embed", "frozen_scores", "score"]
+
+Contrast = Tensor | Literal["others"] | None
+
+
+@dataclass
+class Frozen:
+    """The embeddings at which the scores of a forward pass were frozen.
+
+    A second pass over the same inputs can replay them, so that both passes evaluate the very same
+    linear function. That is how the constant term of a score is measured.
+
+    Attributes:
+        points: Embeddings ``[B, D]``, detached, in the order in which they were scored.
+        contrasted: Whether any of the scores had a contrast set.
+    """
+
+    points: list[Tensor] = field(default_factory=list)
+    contrasted: bool = False
+    _replay: Iterator[Tensor] | None = None
+
+    def at(self, embeddings: Tensor) -> Tensor:
+        """The embeddings to freeze at: these ones, or the remembered ones on a replay."""
+        if self._replay is not None:
+            return next(self._replay)
+        self.points.append(embeddings.detach())
+        return self.points[-1]
+
+    @property
+    def replaying(self) -> bool:
+        """Whether the current pass reuses the points of an earlier one."""
+        return self._replay is not None
+
+
+_active: ContextVar[Frozen | None] = ContextVar("fam_plugins_frozen_scores", default=None)
+
+
+@contextmanager
+def frozen_scores(frozen: Frozen | None = None, *, replay: bool = False) -> Iterator[Frozen]:
+    """Within the block, similarity scores differentiate with their normaliser held constant.
+
+    The values of the scores stay what they are. The gradient with respect to an embedding ``z``
+    and a reference ``t`` becomes ``t / (|t| |z|)`` for cosine, ``t`` for dot, ``2 t`` for squared
+    Euclidean and ``t / |z - t|`` for Euclidean. The Euclidean forms are this package's own: the
+    FAM papers (arXiv 2307.05017, 2506.01636) do not publish theirs.
+
+    Args:
+        frozen: An earlier pass to continue or to replay; a fresh one by default.
+        replay: Freeze at the points of ``frozen`` instead of at the embeddings that come by.
+
+    Yields:
+        The record of where the scores were frozen.
+
+    Example:
+        >>> z = torch.tensor([[3.0, 4.0]], requires_grad=True)
+        >>> with frozen_scores():
+        ...     value = score("cosine", z, torch.tensor([[1.0, 0.0]]))
+        >>> torch.autograd.grad(value.sum(), z)[0]
+        tensor([[0.2000, 0.0000]])
+    """
+    frozen = Frozen() if frozen is None else frozen
+    frozen._replay = iter(frozen.points) if replay else None
+    token = _active.set(frozen)
+    try:
+        yield frozen
+    finally:
+        _active.reset(token)
+        frozen._replay = None
+
+
+def score(
+    similarity: str | Similarity,
+    embeddings: Tensor,
+    references: Tensor,
+    contrast: Contrast = None,
+) -> Tensor:
+    """Score embeddings against references; larger means more alike.
+
+    Half-precision embeddings are compared in float32.
+
+    Args:
+        similarity: A name or a :class:`~fam_plugins.Similarity`.
+        embeddings: ``[B, D]``.
+        references: ``[N, D]``.
+        contrast: Embeddings ``[M, D]``, or ``"others"`` for every other reference: the mean score
+            against them is subtracted ("why this one rather than those").
+
+    Returns:
+        Scores ``[B, N]``.
+
+    Raises:
+        ValueError: If widths differ, a value is NaN or infinite, or an embedding is zero under
+            cosine.
+
+    Example:
+        >>> z = torch.tensor([[1.0, 0.0]])
+        >>> score("cosine", z, torch.tensor([[2.0, 0.0], [0.0, 2.0]]))
+        tensor([[1., 0.]])
+        >>> score("cosine", z, torch.tensor([[2.0, 0.0], [0.0, 2.0]]), contrast="others")
+        tensor([[ 1., -1.]])
+    """
+    chosen = as_similarity(similarity)
+    frozen = _active.get()
+    given = torch.promote_types(embeddings.dtype, references.dtype)
+    wide = torch.promote_types(given, torch.float32)
+    # Replays look at the constant term, where the embedding is legitimately zero.
+    allow_zero = not chosen.scale_free or (frozen is not None and frozen.replaying)
+    check_embeddings(embeddings, width=references.shape[1], allow_zero=allow_zero)
+    with full_precision(embeddings.device):
+        embeddings = embeddings.to(wide)
+        compare = chosen.compare
+        if frozen is not None:
+            compare = _frozen(chosen, frozen.at(embeddings))
+        scores = compare(embeddings, references.to(wide))
+        if isinstance(contrast, Tensor):
+            against = compare(embeddings, contrast.to(wide)).mean(dim=1, keepdim=True)
+            scores = _less(scores, against)
+        elif contrast is not None:
+            scores = subtract_others(scores)
+    return scores.to(given)
+
+
+def subtract_others(scores: Tensor) -> Tensor:
+    """Subtract from each score ``[B, N]`` the mean of the other ones: ``contrast="others"``."""
+    others = scores.sum(dim=1, keepdim=True) - scores
+    return _less(scores, others / (scores.shape[1] - 1))
+
+
+def _less(scores: Tensor, against: Tensor) -> Tensor:
+    frozen = _active.get()
+    if frozen is not None:
+        frozen.contrasted = True
+    return scores - against
+
+
+def _frozen(similarity: Similarity, point: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """The score with the gradient of its linear form, equal to it at ``point`` ``[B, D]``."""
+    linear = similarity.linear
+    if linear is None:
+        return similarity.compare
+
+    def compare(embeddings: Tensor, references: Tensor) -> Tensor:
+        with torch.no_grad():
+            value = similarity.compare(point, references)
+        return value + linear(embeddings - point, references, point)
+
+    return compare
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """Switch autocast off, so that float32 operands are really multiplied in float32."""
+    if device.type in ("cpu", "cuda", "xpu"):  # the others have no autocast, or none in torch 2.3
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def embed(encoder: nn.Module, images: Tensor) -> Tensor:
+    """Run an encoder and make sure that what it returns are embeddings ``[B, D]``."""
+    if isinstance(images, Tensor) and images.dim() > 0 and images.shape[0] == 0:
+        raise ValueError("the batch is empty: pass at least one image")
+    embeddings = encoder(images)
+    if not isinstance(embeddings, Tensor):
+        raise TypeError(
+            f"the encoder returns a {type(embeddings).__name__}, not a tensor: wrap it in a module "
+            "whose forward picks the embeddings [B, D] out of it"
+        )
+    if embeddings.dim() != 2:
+        raise ValueError(
+            f"the encoder returns shape {tuple(embeddings.shape)}, not embeddings [B, D]: append "
+            "pooling, nn.Sequential(encoder, nn.AdaptiveAvgPool2d(1), nn.Flatten())"
+        )
+    if len(embeddings) != len(images):
+        raise ValueError(
+            f"the encoder returns {len(embeddings)} embeddings for {len(images)} inputs: "
+            "a single image needs a batch dimension (image[None])"
+        )
+    return embeddings
+
+
+def check_embeddings(
+    embeddings: Tensor,
+    *,
+    width: int | None = None,
+    allow_zero: bool = True,
+    what: str = "embedding",
+) -> None:
+    """Refuse embeddings ``[B, D]`` of another width, not finite, or of no direction."""
+    if width is not None and embeddings.shape[1] != width:
+        raise ValueError(
+            f"the {what} has {embeddings.shape[1]} values and the references have {width}: "
+            "embed the references with the same encoder"
+        )
+    with torch.no_grad():
+        length = torch.linalg.vector_norm(embeddings, ord=float("inf"), dim=1)
+        bad = ~torch.isfinite(length) if allow_zero else ~(torch.isfinite(length) & (length > 0))
+        if not bad.any():
+            return
+        rows = bad.nonzero().flatten().tolist()
+        not_finite = not torch.isfinite(length[bad]).all()
+    shown = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
+    if not_finite:
+        raise ValueError(
+            f"{what} row {shown} holds NaN or infinite values: check the images, the weights, "
+            "and for float16 the range"
+        )
+    raise ValueError(
+        f"{what} row {shown} is all zero, so it has no direction and no cosine: drop it, or use "
+        'similarity="dot" or "sqeuclidean"'
+    )
