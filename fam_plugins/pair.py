@@ -15,7 +15,7 @@ from fam_plugins.core.references import embed_once
 from fam_plugins.core.rules import Rule, find_rule
 from fam_plugins.core.scores import check_embeddings, embed, score
 from fam_plugins.core.similarity import Similarity, as_similarity
-from fam_plugins.core.transforms import Transform
+from fam_plugins.core.transforms import Transform, check_transform
 
 __all__ = ["PairExplanation", "explain_pair"]
 
@@ -119,6 +119,7 @@ def explain_pair(
             f'rule "{chosen.name}" does not add up to the score, so it has no convergence delta: '
             'use rule="additive"'
         )
+    check_transform(reshape_transform)
     _check_batches(a, b)
 
     def side(images: Tensor) -> _Side:

@@ -110,10 +110,10 @@ class LayerCape(LayerAttribution):
                 "LayerCape(..., relative=False)"
             )
         batch_size(inputs)
-        head, name = find_head(self.forward_func, self.layer)
-        one = LayerPass([head], [name], at_input=True, differentiate=False)
+        head, _ = find_head(self.forward_func, self.layer)
+        one = LayerPass(self.forward_func, [head], at_input=True, differentiate=False)
         output = one.run(lambda: run_forward(self.forward_func, inputs, additional_forward_args))
-        ((features,),) = one.activations
+        ((features,),) = one.tracked
         classes = torch.arange(head.num_classes, device=features.device)
         select_scores(output, target)
         chosen = select_scores(classes.expand(len(features), -1), target)

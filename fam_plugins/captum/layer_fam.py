@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
@@ -77,7 +78,8 @@ class LayerFam(LayerAttribution):
     ) -> None:
         super().__init__(forward_func, layer, device_ids)
         self.rule: str | Rule = choose_rule(rule)
-        check_transform(reshape_transform)
+        if reshape_transform is not None:
+            check_transform(reshape_transform)
         self.reshape_transform = reshape_transform
 
     @log_usage()
@@ -127,23 +129,17 @@ class LayerFam(LayerAttribution):
         Warns:
             UserWarning: If rule ``"fam"`` meets a contrast set.
         """
-        one = self._start(inputs, attribute_to_layer_input)
+        one = self._pass(attribute_to_layer_input)
         if return_convergence_delta and not one.rule.adds_up:
             raise ValueError(
                 f'rule "{one.rule.name}" does not add up to the score, so it has no convergence '
                 'delta: use LayerFam(..., rule="additive")'
             )
         scores = ModelScores(self.forward_func)
-
-        def forward() -> Any:
-            return run_forward(scores.forward, inputs, additional_forward_args)
-
-        def score(end: Any) -> Tensor:
-            return scores.select(end, lambda output: select_scores(output, target))
-
-        end = one.run(forward, inputs)
-        (maps,) = one.maps(
-            lambda: score(end), sum_channels=attr_dim_summation, **(grad_kwargs or {})
+        forward = partial(run_forward, scores.forward, inputs, additional_forward_args)
+        score = partial(scores.select, pick=partial(select_scores, target=target))
+        (maps,) = one.explain(
+            forward, inputs, score, sum_channels=attr_dim_summation, **(grad_kwargs or {})
         )
         result = _shown(maps, relu_attributions)
         if not return_convergence_delta:
@@ -193,13 +189,14 @@ class LayerFam(LayerAttribution):
         Warns:
             UserWarning: If rule ``"fam"`` meets a contrast set.
         """
-        one, scores = self._start(inputs, False), ModelScores(self.forward_func)
+        scores = ModelScores(self.forward_func)
+        chosen = as_indices(indices, scores, batch_size(inputs), references_per_chunk)
         (maps,) = map_references(
-            one,
+            self._pass(),
             scores,
-            lambda: run_forward(scores.forward, inputs, additional_forward_args),
+            partial(run_forward, scores.forward, inputs, additional_forward_args),
             inputs,
-            indices=as_indices(indices, scores, batch_size(inputs), references_per_chunk),
+            indices=chosen,
             per_chunk=references_per_chunk,
         )
         return _shown(maps, relu_attributions)
@@ -249,8 +246,7 @@ class LayerFam(LayerAttribution):
         """
         raise NotImplementedError("LayerFam has no asynchronous form: call attribute")
 
-    def _start(self, inputs: TensorOrTensors, at_input: bool) -> MapPass:
-        batch_size(inputs)
+    def _pass(self, at_input: bool = False) -> MapPass:
         return MapPass(
             self.forward_func, [self.layer], self.rule, self.reshape_transform, at_input=at_input
         )

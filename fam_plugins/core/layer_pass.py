@@ -7,8 +7,7 @@ the tail (usually a pooling and a matrix product) gives the gradient. Parameters
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -17,33 +16,31 @@ from torch.utils.hooks import RemovableHandle
 
 from fam_plugins.core.messages import unknown_name
 
-__all__ = ["LayerPass", "LayerTensors", "find_layer", "products", "recording"]
+__all__ = ["LayerPass", "LayerTensors", "find_layer", "products"]
 
 T = TypeVar("T")
 LayerTensors = tuple[Tensor, ...]
-
-
-@contextmanager
-def recording() -> Iterator[None]:
-    """Let autograd record, whatever mode the user is in."""
-    with torch.inference_mode(False), torch.enable_grad():
-        yield
 
 
 class LayerPass:
     """One forward pass that keeps what chosen layers gave, and differentiates only their tail.
 
     Args:
-        layers: The layers, in any order; a layer may stand there more than once.
-        names: What to call them in messages.
+        model: The module, or the bound method or function of it, whose layers are meant.
+        layers: The layers or their names, in any order; a layer may stand there more than once.
         at_input: Take each layer's input instead of its output.
         zeros: Replace what the layers give by zeros: the pass then yields the constant term of
             a score that is linear in them.
         differentiate: Whether :meth:`gradients` will be asked for; otherwise nothing is recorded.
 
+    Attributes:
+        layers: The layers, in the order given.
+        names: Their names, for messages.
+        tracked: After :meth:`run`, what each layer gave, in the graph of the tail.
+
     Example:
         >>> pooled = nn.Sequential(nn.ReLU(), nn.Flatten())
-        >>> one = LayerPass([pooled[0]], ["relu"])
+        >>> one = LayerPass(pooled, ["0"])
         >>> out = one.run(lambda: pooled(torch.tensor([[-1.0, 2.0]])))
         >>> one.gradients(out, torch.tensor([[[3.0, 4.0]]]))
         [[tensor([[[3., 4.]]])]]
@@ -51,15 +48,18 @@ class LayerPass:
 
     def __init__(
         self,
-        layers: Sequence[nn.Module],
-        names: Sequence[str],
+        model: object,
+        layers: Sequence[nn.Module | str | None],
         *,
         at_input: bool = False,
         zeros: bool = False,
         differentiate: bool = True,
     ) -> None:
-        self._layers = list(layers)
-        self._names = dict(zip(layers, names, strict=True))
+        found = [find_layer(model, layer) for layer in layers]
+        self.layers = [layer for layer, _ in found]
+        self.names = [name for _, name in found]
+        self.tracked: list[LayerTensors] = []
+        self._names = dict(found)
         self._kept: dict[nn.Module, LayerTensors] = {}
         self._at_input = at_input
         self._zeros = zeros
@@ -91,17 +91,8 @@ class LayerPass:
                     "model calls for these inputs (and explain the model itself, not a compiled "
                     "copy)"
                 )
+        self.tracked = [self._kept[layer] for layer in self.layers]
         return output
-
-    @property
-    def tracked(self) -> list[LayerTensors]:
-        """What each layer gave, in the order of the layers, in the graph of the tail."""
-        return [self._kept[layer] for layer in self._layers]
-
-    @property
-    def activations(self) -> list[LayerTensors]:
-        """What each layer gave, in the order of the layers, detached."""
-        return [tuple(tensor.detach() for tensor in tensors) for tensors in self.tracked]
 
     def gradients(
         self, output: Tensor, cotangents: Tensor, **grad_kwargs: Any
@@ -115,21 +106,21 @@ class LayerPass:
 
         Returns:
             One list per layer, of tensors ``[c, ...]`` shaped behind ``c`` like its entry in
-            :attr:`activations`.
+            :attr:`tracked`.
 
         Raises:
             RuntimeError: If the output does not depend on a layer.
         """
         if not output.requires_grad:
-            raise RuntimeError(_cut_off(self._names[self._layers[0]]))
+            raise RuntimeError(_cut_off(self.names[0]))
         flat = [tensor for tensors in self.tracked for tensor in tensors]
-        with recording():
+        with torch.inference_mode(False), torch.enable_grad():
             products_of = iter(products(output, flat, cotangents, **grad_kwargs))
         found = []
-        for layer, tensors in zip(self._layers, self.tracked, strict=True):
+        for name, tensors in zip(self.names, self.tracked, strict=True):
             grads = [next(products_of) for _ in tensors]
             if all(grad is None for grad in grads):
-                raise RuntimeError(_cut_off(self._names[layer]))
+                raise RuntimeError(_cut_off(name))
             # A layer may give several tensors of which the score uses only some.
             found.append(
                 [

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fam_plugins.core.layer_pass import LayerTensors, products, recording
+from fam_plugins.core.layer_pass import LayerTensors, products
 from fam_plugins.core.maps import MapPass
 from fam_plugins.core.scores import full_precision
 from fam_plugins.core.similarity_model import ModelScores
@@ -145,7 +145,7 @@ def _directions(scores: ModelScores, end: Tensor, indices: Tensor) -> Tensor:
     for group, chosen in zip(
         torch.split(end.detach(), _IMAGES), torch.split(indices, _IMAGES), strict=True
     ):
-        with recording():
+        with torch.inference_mode(False), torch.enable_grad():
             rows, places = torch.unique(chosen, return_inverse=True)
             leaf = group.clone().requires_grad_()
             values = scores.model.score(leaf, rows)

@@ -1,24 +1,24 @@
 """From a model and a score to finished maps: the one road that every explainer takes.
 
-one = MapPass(model, [layer], rule, transform)
-output = one.run(forward, images)
-(maps,) = one.maps(lambda: select(output, target))
+A pass is made (``MapPass(model, [layer], rule, transform)``), runs the model (``run``) and turns
+scores of what it returned into maps (``maps``); ``explain`` is both steps in one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from fam_plugins.core.layer_pass import LayerPass, LayerTensors, find_layer, recording
+from fam_plugins.core.layer_pass import LayerPass, LayerTensors
 from fam_plugins.core.messages import warn_user
 from fam_plugins.core.rules import RULES, Rule, find_rule
-from fam_plugins.core.scores import Frozen, frozen_scores, full_precision
-from fam_plugins.core.transforms import Transform, check_transform, transform_for
+from fam_plugins.core.scores import ACTIVE, Frozen, frozen_scores, full_precision
+from fam_plugins.core.transforms import Transform, transform_for
 
 __all__ = ["MapPass", "check_finite"]
 
@@ -63,14 +63,10 @@ class MapPass:
         at_input: bool = False,
         regions: int = 0,
     ) -> None:
-        check_transform(transform)
-        self.rule = find_rule(rule)
+        self.rule = rule if isinstance(rule, Rule) else find_rule(rule)
         self.activations: list[LayerTensors] = []
-        found = [find_layer(model, layer) for layer in layers]
-        self._where = [layer for layer, _ in found], [name for _, name in found]
-        self._at_input = at_input
-        self._pass = LayerPass(*self._where, at_input=at_input)
-        self._model, self._regions = model, regions
+        self._model, self._regions, self._at_input = model, regions, at_input
+        self._pass = LayerPass(model, layers, at_input=at_input)
         self._given: Transform | str | None = transform
         self._transforms: list[Transform | None] = []
         self._frozen = Frozen()
@@ -79,15 +75,23 @@ class MapPass:
         """Run the model once on images, a tensor or a tuple of tensors that starts with one.
 
         Raises:
-            ValueError: If a layer gives no map per image; and as :meth:`LayerPass.run`.
+            TypeError: If there are no tensors of images.
+            ValueError: If there is no image, or a layer gives no map per image; and as
+                :meth:`LayerPass.run`.
         """
-        with self.frozen():
-            output = self._pass.run(forward)
         inputs = images if isinstance(images, tuple) else (images,)
+        if not inputs or not isinstance(inputs[0], Tensor):
+            raise TypeError(f"inputs must be a tensor or a tuple of tensors, not {type(images)}")
+        if len(inputs[0]) == 0:
+            raise ValueError("the batch is empty: pass at least one image")
+        one = self._pass
+        with self.frozen():
+            output = one.run(forward)
         shape = next((tensor.shape for tensor in inputs if tensor.dim() == 4), None)
-        for index, (layer, name, given) in enumerate(
-            zip(*self._where, self._pass.activations, strict=True)
+        for index, (layer, name, tracked) in enumerate(
+            zip(one.layers, one.names, one.tracked, strict=True)
         ):
+            given = [tensor.detach() for tensor in tracked]
             transform = None if isinstance(self._given, str) else self._given
             if isinstance(self._given, str) and len(given) == 1:
                 transform = transform_for(self._model, layer, name, given[0].shape, shape)
@@ -99,7 +103,16 @@ class MapPass:
 
     def frozen(self) -> AbstractContextManager[object]:
         """Within the block, scores are frozen if the rule asks for it."""
-        return frozen_scores(self._frozen) if self.rule.frozen else nullcontext()
+        if not self.rule.frozen or ACTIVE.get() is self._frozen:
+            return nullcontext()
+        return frozen_scores(self._frozen)
+
+    def explain(
+        self, forward: Callable[[], T], images: Any, score: Callable[[T], Tensor], **options: Any
+    ) -> list[LayerTensors]:
+        """:meth:`run`, then :meth:`maps` of the scores ``[B]`` of what ``forward`` returns."""
+        with self.frozen():
+            return self.maps(partial(score, self.run(forward, images)), **options)
 
     def maps(
         self, score: Callable[[], Tensor], *, sum_channels: bool = True, **grad_kwargs: Any
@@ -118,7 +131,7 @@ class MapPass:
             RuntimeError: If the score does not depend on a layer.
             ValueError: As :meth:`finish`.
         """
-        with recording(), self.frozen():
+        with self.frozen(), torch.inference_mode(False), torch.enable_grad():
             scores = score()
             gradients = self.gradients(scores, torch.ones_like(scores)[None], **grad_kwargs)
         self.scores = scores.detach()
@@ -156,7 +169,7 @@ class MapPass:
 
     def pooled(self) -> Tensor:
         """The mean of the one layer's map over its regions, ``[B, C]``, in the graph."""
-        with recording():
+        with torch.inference_mode(False), torch.enable_grad():
             (given,) = self._arranged(0, self._pass.tracked[0])
             wide = given.to(torch.promote_types(given.dtype, torch.float32))
             return wide.flatten(2).mean(dim=2).to(given.dtype)
@@ -166,7 +179,7 @@ class MapPass:
 
         Costs a second forward pass: ``forward`` runs the model anew and selects the scores.
         """
-        zeros = LayerPass(*self._where, at_input=self._at_input, zeros=True)
+        zeros = LayerPass(self._model, self._pass.layers, at_input=self._at_input, zeros=True)
         with self.replayed():
             return zeros.run(forward)
 
@@ -217,7 +230,7 @@ class MapPass:
                 # A picture of nothing: after the last block a class token is the embedding, and
                 # no patch of that layer has a share in it.
                 raise ValueError(
-                    f"the score reaches layer {self._where[1][index]!r} only through what the "
+                    f"the score reaches layer {self._pass.names[index]!r} only through what the "
                     "transform drops (the class token): explain an earlier layer, such as the last "
                     "block's first norm (timm: blocks[-1].norm1, torchvision: "
                     "encoder.layers[-1].ln_1), or embed by the mean of the patches (timm: "

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import torch
@@ -52,7 +53,7 @@ class Frozen:
         return self._replay is not None
 
 
-_active: ContextVar[Frozen | None] = ContextVar("fam_plugins_frozen_scores", default=None)
+ACTIVE: ContextVar[Frozen | None] = ContextVar("fam_plugins_frozen_scores", default=None)
 
 
 @contextmanager
@@ -80,11 +81,11 @@ def frozen_scores(frozen: Frozen | None = None, *, replay: bool = False) -> Iter
     """
     frozen = Frozen() if frozen is None else frozen
     frozen._replay = iter(frozen.points) if replay else None
-    token = _active.set(frozen)
+    token = ACTIVE.set(frozen)
     try:
         yield frozen
     finally:
-        _active.reset(token)
+        ACTIVE.reset(token)
         frozen._replay = None
 
 
@@ -119,8 +120,8 @@ def score(
         >>> score("cosine", z, torch.tensor([[2.0, 0.0], [0.0, 2.0]]), contrast="others")
         tensor([[ 1., -1.]])
     """
-    chosen = as_similarity(similarity)
-    frozen = _active.get()
+    chosen = similarity if isinstance(similarity, Similarity) else as_similarity(similarity)
+    frozen = ACTIVE.get()
     given = torch.promote_types(embeddings.dtype, references.dtype)
     wide = torch.promote_types(given, torch.float32)
     # Replays look at the constant term, where the embedding is legitimately zero.
@@ -128,9 +129,9 @@ def score(
     check_embeddings(embeddings, width=references.shape[1], allow_zero=allow_zero)
     with full_precision(embeddings.device):
         embeddings = embeddings.to(wide)
-        compare = chosen.compare
+        compare: Callable[[Tensor, Tensor], Tensor] = chosen.compare
         if frozen is not None:
-            compare = _frozen(chosen, frozen.at(embeddings))
+            compare = partial(chosen.frozen, point=frozen.at(embeddings))
         scores = compare(embeddings, references.to(wide))
         if isinstance(contrast, Tensor):
             against = compare(embeddings, contrast.to(wide)).mean(dim=1, keepdim=True)
@@ -147,24 +148,10 @@ def subtract_others(scores: Tensor) -> Tensor:
 
 
 def _less(scores: Tensor, against: Tensor) -> Tensor:
-    frozen = _active.get()
+    frozen = ACTIVE.get()
     if frozen is not None:
         frozen.contrasted = True
     return scores - against
-
-
-def _frozen(similarity: Similarity, point: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """The score with the gradient of its linear form, equal to it at ``point`` ``[B, D]``."""
-    linear = similarity.linear
-    if linear is None:
-        return similarity.compare
-
-    def compare(embeddings: Tensor, references: Tensor) -> Tensor:
-        with torch.no_grad():
-            value = similarity.compare(point, references)
-        return value + linear(embeddings - point, references, point)
-
-    return compare
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:

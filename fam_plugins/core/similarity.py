@@ -47,6 +47,14 @@ class Similarity:
     scale_free: bool = False
     by_reference: bool = True
 
+    def frozen(self, embeddings: Tensor, references: Tensor, point: Tensor) -> Tensor:
+        """The score ``[B, N]`` with the gradient of its linear form, exact at ``point``."""
+        if self.linear is None:
+            return self.compare(embeddings, references)
+        with torch.no_grad():
+            value = self.compare(point, references)
+        return value + self.linear(embeddings - point, references, point)
+
 
 def unit_length(vectors: Tensor) -> Tensor:
     """Divide every row ``[B, D]`` by its L2 norm, however small that is."""

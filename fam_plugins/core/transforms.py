@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fam_plugins.core.eval_mode import eval_mode
-from fam_plugins.core.layer_pass import LayerPass, find_layer
+from fam_plugins.core.layer_pass import LayerPass
 
 __all__ = [
     "Transform",
@@ -136,11 +136,10 @@ def infer_transform(
         >>> infer_transform(vit, "encoder", torch.rand(1, 3, 32, 32))
         tokens_to_map(h=4, w=4, skip=1)
     """
-    module, name = find_layer(model, layer)
-    one = LayerPass([module], [name], differentiate=False)
+    one = LayerPass(model, [layer], differentiate=False)
     with eval_mode(model):
         one.run(lambda: model(example_input))
-    (given,) = one.activations
+    (module,), (name,), (given,) = one.layers, one.names, one.tracked
     if len(given) != 1:
         raise TypeError(
             f"layer {name!r} gives {len(given)} tensors: choose a layer inside it that gives one"

@@ -198,8 +198,6 @@ def check_images(images: Tensor) -> None:
             f"input_tensor has shape {tuple(images.shape)}: pass images [B, C, H, W] or "
             "volumes [B, C, D, H, W]; a single image needs a batch dimension (image[None])"
         )
-    if len(images) == 0:
-        raise ValueError("the batch is empty: pass at least one image")
 
 
 def _check_targets(targets: Sequence[object] | None, count: int) -> None:

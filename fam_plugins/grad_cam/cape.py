@@ -87,7 +87,7 @@ class CAPE(OnePassCAM):
 
     def run_pass(self, input_tensor: Tensor) -> tuple[LayerPass, Any]:
         """Run the model once; return the pass and the model's output."""
-        one = LayerPass(self.target_layers, [self._name], at_input=True, differentiate=False)
+        one = LayerPass(self.model, self.target_layers, at_input=True, differentiate=False)
         return one, one.run(lambda: self.model(input_tensor))
 
     def explain(
@@ -102,7 +102,7 @@ class CAPE(OnePassCAM):
             raise ValueError(
                 "eigen_smooth replaces the sum over channels, and a CAPE map has none: leave it out"
             )
-        ((features,),) = one.activations
+        ((features,),) = one.tracked
         head = self._head
         classes = [_class_of(target, head.num_classes) for target in targets]
         with torch.no_grad():

@@ -78,7 +78,8 @@ class FAM(OnePassCAM):
         rule: str | Rule | None = None,
     ) -> None:
         self.rule: str | Rule = choose_rule(rule)
-        check_transform(reshape_transform)
+        if reshape_transform is not None:
+            check_transform(reshape_transform)
         if not isinstance(target_layers, (list, tuple)):
             raise TypeError(
                 f"target_layers must be a list of layers, such as [model.layer4], not "

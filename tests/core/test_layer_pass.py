@@ -21,7 +21,7 @@ def gradients(one: LayerPass, score: torch.Tensor) -> list[tuple[torch.Tensor, .
 def test_gradients_of_several_layers_in_sequence_equal_autograd():
     net = classifier()
     names = ["last", "conv", "features"]
-    one = LayerPass([net.get_submodule(n) for n in names], names)
+    one = LayerPass(net, names)
     out = one.run(lambda: net(IMAGES))
     found = gradients(one, out[:, 2])
 
@@ -37,7 +37,7 @@ def test_gradients_of_several_layers_in_sequence_equal_autograd():
     for handle in handles:
         handle.remove()
     for (gradient,), (activation,), wanted, name in zip(
-        found, one.activations, expected, names, strict=True
+        found, one.tracked, expected, names, strict=True
     ):
         torch.testing.assert_close(gradient, wanted)
         torch.testing.assert_close(activation, kept[name])
@@ -53,7 +53,7 @@ def test_parallel_branches_each_get_their_gradient():
             return 2 * self.left(x) + 3 * self.right(x)
 
     net = Branches()
-    one = LayerPass([net.right, net.left], ["right", "left"])
+    one = LayerPass(net, ["right", "left"])
     out = one.run(lambda: net(torch.ones(1, 4)))
     (right,), (left,) = gradients(one, out)
     assert right.eq(3).all()
@@ -67,7 +67,7 @@ def test_nothing_before_the_layer_is_kept():
     with torch.autograd.graph.saved_tensors_hooks(
         lambda t: saved.append(t.shape) or t, lambda t: t
     ):
-        one = LayerPass([net.last], ["last"])
+        one = LayerPass(net, ["last"])
         out = one.run(lambda: net(IMAGES))
         gradients(one, out[:, 0])
     assert saved, "the tail does save something"
@@ -77,18 +77,18 @@ def test_nothing_before_the_layer_is_kept():
 
 def test_the_layer_input_can_be_explained_instead():
     net = classifier()
-    at_input = LayerPass([net.pool], ["pool"], at_input=True)
-    at_output = LayerPass([net.last], ["last"])
+    at_input = LayerPass(net, ["pool"], at_input=True)
+    at_output = LayerPass(net, ["last"])
     for one in (at_input, at_output):
         out = one.run(lambda: net(IMAGES))
         one.found = gradients(one, out[:, 0])
     torch.testing.assert_close(at_input.found[0][0], at_output.found[0][0])
-    torch.testing.assert_close(at_input.activations[0][0], at_output.activations[0][0])
+    torch.testing.assert_close(at_input.tracked[0][0], at_output.tracked[0][0])
 
 
 def test_zeros_give_the_constant_term():
     net = classifier()
-    out = LayerPass([net.last], ["last"], zeros=True).run(lambda: net(IMAGES))
+    out = LayerPass(net, ["last"], zeros=True).run(lambda: net(IMAGES))
     torch.testing.assert_close(out, net.head.bias.detach().expand(2, -1))
 
 
@@ -107,7 +107,7 @@ def test_a_tensor_the_score_ignores_has_zero_gradient():
             return first.sum(dim=1)
 
     net = Net()
-    one = LayerPass([net.pair], ["pair"])
+    one = LayerPass(net, ["pair"])
     out = one.run(lambda: net(torch.ones(2, 3)))
     ((used, ignored),) = gradients(one, out)
     assert used.eq(1).all()
@@ -167,7 +167,7 @@ class OwnBackward(torch.autograd.Function):
 @pytest.mark.parametrize("tail", [lambda z: 2 * z, OwnBackward.apply])
 def test_many_cotangents_equal_one_at_a_time(tail):
     net = classifier()
-    one = LayerPass([net.last, net.conv], ["last", "conv"])
+    one = LayerPass(net, ["last", "conv"])
     out = tail(one.run(lambda: net(IMAGES)))
     cotangents = torch.eye(10).reshape(10, 2, 5)
     many = one.gradients(out, cotangents)

@@ -134,10 +134,9 @@ def _grad_cam(name: str, contrast: str | None) -> Explain:
 
 
 def _activation(problem: Problem, images: Tensor) -> Tensor:
-    layer = problem.encoder.get_submodule(problem.layer)
-    one = LayerPass([layer], [problem.layer], differentiate=False)
+    one = LayerPass(problem.encoder, [problem.layer], differentiate=False)
     one.run(lambda: problem.encoder(images))
-    ((activation,),) = one.activations
+    ((activation,),) = one.tracked
     return activation
 
 
