@@ -116,7 +116,7 @@ def test_a_tensor_the_score_ignores_has_zero_gradient():
 
 def test_integers_are_no_feature_map():
     net = nn.Sequential(nn.Identity())
-    one = LayerPass([net[0]], ["0"])
+    one = LayerPass(net, ["0"])
     with pytest.raises(TypeError, match="gives torch.int64"):
         one.run(lambda: net(torch.ones(1, 2, dtype=torch.int64)))
 
