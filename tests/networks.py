@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torchvision.models.convnext import CNBlockConfig, ConvNeXt
+from torchvision.models.vgg import VGG, make_layers
 
 
 class TinyNet(nn.Module):
@@ -38,6 +41,25 @@ def encoder(channels: int = 6) -> TinyNet:
 def classifier() -> TinyNet:
     torch.manual_seed(0)
     return TinyNet().eval()
+
+
+def narrow_vgg(num_classes: int = 1000) -> VGG:
+    """torchvision's VGG in its form, a fraction of its 130 million weights."""
+    with torch.device("meta"):  # its own classifier alone takes a second to draw
+        net = VGG(nn.Sequential())
+    net.features = make_layers([8, "M", 8, "M", 16, 16, "M", 16, 16, "M", 16, 16, "M"])
+    net.classifier = nn.Sequential(
+        nn.Linear(16 * 49, 32), nn.ReLU(True), nn.Dropout(),
+        nn.Linear(32, 32), nn.ReLU(True), nn.Dropout(),
+        nn.Linear(32, num_classes),
+    )  # fmt: skip
+    return net
+
+
+def narrow_convnext(num_classes: int = 1000) -> ConvNeXt:
+    """torchvision's ConvNeXt, one narrow block per stage."""
+    stages = [CNBlockConfig(*widths, 1) for widths in pairwise((8, 16, 24, 32, None))]
+    return ConvNeXt(stages, num_classes=num_classes)
 
 
 def pooled() -> nn.Sequential:

@@ -24,8 +24,6 @@ class Explainer:
     explain: Callable[[nn.Module, nn.Module | str, Tensor, list[int]], Tensor]
     keeps_mode: bool
     """Whether it runs the model in the mode it finds it in (Captum), or in eval mode."""
-    kinds: tuple[str, ...] = ("classifier", "cosine", "dot", "sqeuclidean", "contrast")
-    """The models of :data:`MODELS` that it explains."""
 
     def __str__(self) -> str:
         return self.name
@@ -67,7 +65,6 @@ def layer_cape(relative: bool) -> Explainer:
             images, target=targets
         ),
         keeps_mode=True,
-        kinds=("cape",),
     )
 
 
@@ -79,11 +76,25 @@ def cape(relative: bool) -> Explainer:
         return _call(cam, images, targets)
 
     name = f"CAPE-{'relative' if relative else 'probability'}"
-    return Explainer(name, explain, keeps_mode=False, kinds=("cape",))
+    return Explainer(name, explain, keeps_mode=False)
 
 
 RULED = [make(rule) for make in (layer_fam, fam) for rule in RULES]
-EXPLAINERS = [*RULED, *(make(flag) for make in (layer_cape, cape) for flag in (False, True))]
+CAPES = [make(flag) for make in (layer_cape, cape) for flag in (False, True)]
+
+# Every explainer on one model that it explains, and every model under one rule of each adapter:
+# what depends on a rule and what depends on a model do not meet anywhere but in core/maps.py.
+CASES = [
+    *((explainer, "cosine") for explainer in RULED),
+    *((explainer, "cape") for explainer in CAPES),
+    *(
+        (make("additive"), kind)
+        for make in (layer_fam, fam)
+        for kind in ("classifier", "dot", "sqeuclidean", "contrast")
+    ),
+]
+TROUBLED = [layer_fam("additive"), layer_fam("gradcam"), fam("additive")]
+"""Errors depend on the adapter, and on whether scores are frozen."""
 
 
 def similarity_model(similarity: str = "cosine", contrast: object = None) -> SimilarityModel:

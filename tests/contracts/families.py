@@ -19,6 +19,7 @@ from torchvision import models
 from fam_plugins import channels_last_to_map, tokens_to_map
 from fam_plugins.core.transforms import Transform
 from tests.contracts.few_shot_networks import Conv4, ResNet12
+from tests.networks import narrow_convnext, narrow_vgg
 
 EXACT = "exact"
 FIRST_ORDER = "first order"
@@ -83,7 +84,7 @@ def _without_last(build: Callable[..., nn.Module]) -> nn.Module:
 
 
 def _pooled_convnext() -> nn.Module:
-    net = models.convnext_tiny()
+    net = narrow_convnext()
     net.classifier = nn.Flatten()
     return net
 
@@ -134,8 +135,8 @@ FAMILIES = [
     ),
     Family(
         "VGG",
-        "torchvision vgg11, classifier = Identity",
-        partial(_without, models.vgg11, "classifier"),
+        "torchvision VGG, classifier = Identity",
+        partial(_without, narrow_vgg, "classifier"),
         "features",
         EXACT,
         None,
@@ -143,8 +144,8 @@ FAMILIES = [
     ),
     Family(
         "VGG",
-        "torchvision vgg11, classifier[:-1]",
-        partial(_without_last, models.vgg11),
+        "torchvision VGG, classifier[:-1]",
+        partial(_without_last, narrow_vgg),
         "features",
         FIRST_ORDER,
         None,
@@ -206,7 +207,7 @@ FAMILIES = [
     ),
     Family(
         "ConvNeXt",
-        "torchvision convnext_tiny, classifier = Flatten",
+        "torchvision ConvNeXt, classifier = Flatten",
         _pooled_convnext,
         "features",
         EXACT,
@@ -215,8 +216,8 @@ FAMILIES = [
     ),
     Family(
         "ConvNeXt",
-        "torchvision convnext_tiny, classifier[:-1]",
-        partial(_without_last, models.convnext_tiny),
+        "torchvision ConvNeXt, classifier[:-1]",
+        partial(_without_last, narrow_convnext),
         "features",
         FIRST_ORDER,
         None,

@@ -15,15 +15,16 @@ from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import nn
 
 from fam_plugins import FAM, LayerFam, SimilarityModel
+from tests.networks import narrow_convnext, narrow_vgg
 
 CASES: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "resnet18": (torchvision.models.resnet18, "layer4"),
-    "vgg11": (torchvision.models.vgg11, "features"),
+    "vgg": (narrow_vgg, "features"),
     "densenet121": (torchvision.models.densenet121, "features"),
     "mobilenet_v2": (torchvision.models.mobilenet_v2, "features"),
     "mobilenet_v3_small": (torchvision.models.mobilenet_v3_small, "features"),
     "efficientnet_b0": (torchvision.models.efficientnet_b0, "features"),
-    "convnext_tiny": (torchvision.models.convnext_tiny, "features"),
+    "convnext": (narrow_convnext, "features"),
     "regnet_y_400mf": (torchvision.models.regnet_y_400mf, "trunk_output"),
     "googlenet": (
         partial(torchvision.models.googlenet, init_weights=False, aux_logits=False),
@@ -75,4 +76,4 @@ def test_additive_adds_up_through_a_linear_tail_and_says_so_elsewhere(case):
     if name in LINEAR_TAILS:
         assert delta.abs().max() < 1e-12 * scale
     else:
-        assert torch.isfinite(delta).all()
+        assert delta.abs().max() > 1e-6 * scale
