@@ -1,7 +1,7 @@
 """A few-shot classifier of easyfsl explained: the predicted class, and against the runner-up.
 
 Trains an embedding on scikit-learn's digits, hands it to easyfsl's PrototypicalNetworks, takes the
-classifier over with ``SimilarityModel.from_easyfsl``, and explains mosaics: four digits in one
+classifier over with ``from_easyfsl``, and explains mosaics: four digits in one
 query, one prototype for each.
 
 The published rule is weak at telling objects apart, and the printed numbers show it; the picture is
@@ -24,7 +24,8 @@ import digits as digits_data
 import torch
 from easyfsl.methods import PrototypicalNetworks
 
-from fam_plugins import LayerFam, SimilarityModel
+from fam_plugins import LayerFam
+from fam_plugins.interop.easyfsl import from_easyfsl
 from fam_plugins.plots import plot_episode
 
 
@@ -44,17 +45,15 @@ def main() -> None:
     for mosaic in digits_data.mosaics(digits, 50):
         classifier = PrototypicalNetworks(encoder).eval()
         classifier.process_support_set(mosaic.supports, torch.tensor(mosaic.support_labels))
-        plain = SimilarityModel.from_easyfsl(classifier)
-        contrasted = SimilarityModel.from_easyfsl(classifier, contrast="others")
+        plain = from_easyfsl(classifier)
+        contrasted = from_easyfsl(classifier, contrast="others")
         query = mosaic.query[None]
         with torch.no_grad():
             scores = classifier(query)
             apart = max(apart, float((plain(query) - scores).abs().max()))
         best, runner_up = scores.argsort(descending=True)[0, :2].tolist()
         # Predicted against the runner-up: the runner-up's prototype is the contrast.
-        against = SimilarityModel.from_easyfsl(
-            classifier, contrast=classifier.prototypes[runner_up, None].detach()
-        )
+        against = from_easyfsl(classifier, contrast=classifier.prototypes[runner_up, None].detach())
         for name, model, rule in (
             ("predicted, published rule, no contrast", plain, "fam"),
             ("predicted against the others, centred", contrasted, "centred"),

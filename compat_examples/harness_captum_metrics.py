@@ -1,4 +1,4 @@
-"""Captum's metrics on FAM and CAPE: ``as_explanation`` is the one line of glue.
+"""Captum's metrics on FAM and CAPE: ``for_captum`` is the one line of glue.
 
 python compat_examples/harness_captum_metrics.py
 """
@@ -9,7 +9,7 @@ import harness_models
 import torch
 from captum.metrics import infidelity, sensitivity_max
 
-from fam_plugins.interop.harnesses import as_explanation
+from fam_plugins.interop.harnesses import for_captum
 
 
 def perturb(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -21,7 +21,7 @@ def main() -> None:
     bench = harness_models.prepare()
     rows = {}
     for case in bench.cases:
-        explain = as_explanation(case.attribution())  # the one line
+        explain = for_captum(case.attribution())  # the one line
         torch.manual_seed(0)
         sensitivity = sensitivity_max(explain, bench.images, target=bench.labels)
         (maps,) = explain(bench.images, target=bench.labels)

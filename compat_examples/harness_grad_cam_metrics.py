@@ -1,4 +1,4 @@
-"""pytorch-grad-cam's metrics on FAM and CAPE: ``as_cams`` is the one line of glue.
+"""pytorch-grad-cam's metrics on FAM and CAPE: ``for_grad_cam`` is the one line of glue.
 
 python compat_examples/harness_grad_cam_metrics.py
 """
@@ -12,7 +12,7 @@ from pytorch_grad_cam.metrics.cam_mult_image import DropInConfidence, IncreaseIn
 from pytorch_grad_cam.metrics.road import ROADCombined
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputSoftmaxTarget
 
-from fam_plugins.interop.harnesses import as_cams
+from fam_plugins.interop.harnesses import for_grad_cam
 
 
 def main() -> None:
@@ -21,7 +21,7 @@ def main() -> None:
     rows = {}
     for case in bench.cases:
         maps = case.attribution().attribute(bench.images, target=bench.labels).detach()
-        cams = as_cams(maps, bench.images.shape[2:])  # the one line
+        cams = for_grad_cam(maps, bench.images.shape[2:])  # the one line
         torch.manual_seed(0)
         np.random.seed(0)  # ROAD draws its noise from there
         metrics = {

@@ -39,7 +39,8 @@ class Bench:
 
     Attributes:
         cases: Grad-CAM beside FAM on a similarity model, and beside CAPE on a classifier.
-        images: Held-out digits ``[B, 1, 20, 20]`` in [0, 1].
+        images: Held-out digits ``[B, 1, 20, 20]`` in [0, 1] whose maps all cases can give: the
+            positive part of Grad-CAM is zero now and then.
         labels: ``[B]``, which is also the index of the matching reference.
         masks: ``[B, 1, 20, 20]``, where the ink is.
     """
@@ -74,20 +75,30 @@ def prepare(count: int = 16, seed: int = 0) -> Bench:
     calibrate_temperature(
         cape, DataLoader(TensorDataset(held_out[:cut], data.held_out_labels[:cut]), 64)
     )
-    images = held_out[cut : cut + count]
     layer = "encoder.features"
-    return Bench(
-        cases=[
-            Case("similarity: Grad-CAM", similarity, LayerGradCam, layer),
-            Case("similarity: additive", similarity, LayerFam, layer, {"rule": "additive"}),
-            Case("similarity: centred", similarity, LayerFam, layer, {"rule": "centred"}),
-            Case("CAPE head: Grad-CAM", cape, LayerGradCam, "feature_map"),
-            Case("CAPE head: CAPE", cape, LayerCape, "feature_map"),
-        ],
-        images=images,
-        labels=data.held_out_labels[cut : cut + count],
-        masks=images > 0.2,
+    cases = [
+        Case("similarity: Grad-CAM", similarity, LayerGradCam, layer),
+        Case("similarity: additive", similarity, LayerFam, layer, {"rule": "additive"}),
+        Case("similarity: centred", similarity, LayerFam, layer, {"rule": "centred"}),
+        Case("CAPE head: Grad-CAM", cape, LayerGradCam, "feature_map"),
+        Case("CAPE head: CAPE", cape, LayerCape, "feature_map"),
+    ]
+    candidates, labels = (
+        held_out[cut : cut + 2 * count],
+        data.held_out_labels[cut : cut + 2 * count],
     )
+    varied = torch.stack([_varied(case, candidates, labels) for case in cases]).all(dim=0)
+    chosen = varied.nonzero().flatten()[:count]
+    left_out = int((~varied[: chosen[-1]]).sum())
+    print(f"{len(chosen)} digits; {left_out} left out: a harness ranks no constant map")
+    images = candidates[chosen]
+    return Bench(cases=cases, images=images, labels=labels[chosen], masks=images > 0.2)
+
+
+def _varied(case: Case, images: Tensor, labels: Tensor) -> Tensor:
+    """Whether the positive part of each map differs from pixel to pixel, ``[B]``."""
+    maps = case.attribution().attribute(images, target=labels).detach().clamp_min(0).flatten(1)
+    return maps.amax(dim=1) > maps.amin(dim=1)
 
 
 def train_classifier(images: Tensor, labels: Tensor, seed: int, epochs: int = 6) -> nn.Module:

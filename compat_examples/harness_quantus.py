@@ -1,4 +1,4 @@
-"""Quantus on FAM and CAPE: ``explain_func`` is the one line of glue.
+"""Quantus on FAM and CAPE: ``for_quantus`` is the one line of glue.
 
 pip install 'fam-plugins[quantus]'
 python compat_examples/harness_quantus.py
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from fam_plugins.interop.harnesses import explain_func, quantus_problems
+from fam_plugins.interop.harnesses import for_quantus, quantus_problems
 
 try:
     import quantus
@@ -70,7 +70,7 @@ METRICS = {
 
 def evaluate(name: str, case: harness_models.Case, bench: harness_models.Bench) -> str:
     """One metric on one explainer: its mean over the images, or why there is none."""
-    explain = explain_func(case.method, case.layer, **case.options)  # the one line
+    explain = for_quantus(case.method, case.layer, **case.options)  # the one line
     torch.manual_seed(0)
     np.random.seed(0)
     try:

@@ -1,4 +1,4 @@
-"""torchcam's metrics on FAM and CAPE: ``TorchcamExtractor`` is the one line of glue.
+"""torchcam's metrics on FAM and CAPE: ``for_torchcam`` is the one line of glue.
 
 pip install 'fam-plugins[torchcam]'
 python compat_examples/harness_torchcam.py
@@ -11,7 +11,7 @@ from functools import partial
 import harness_models
 import torch
 
-from fam_plugins.interop.harnesses import TorchcamExtractor
+from fam_plugins.interop.harnesses import for_torchcam
 
 try:
     from torchcam.metrics import ClassificationMetric, DeletionInsertionMetric
@@ -26,7 +26,7 @@ def main() -> None:
     softmax = partial(torch.softmax, dim=-1)
     rows = {}
     for case in bench.cases:
-        with TorchcamExtractor(case.attribution()) as extractor:  # the one line
+        with for_torchcam(case.attribution()) as extractor:  # the one line
             confidence = ClassificationMetric(extractor, softmax)
             curves = DeletionInsertionMetric(extractor, softmax)
             for metric in (confidence, curves):

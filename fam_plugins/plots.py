@@ -1,8 +1,9 @@
 """Pictures of pairs, episodes and ranked lists, drawn with matplotlib in Captum's colours.
 
 Every function returns a :class:`matplotlib.figure.Figure` made without pyplot: nothing is shown, no
-global state is touched, and the figure goes when its last name does. Save it with
-``figure.savefig("maps.png")``; a notebook shows it as the last line of a cell.
+global state changes, and the figure is freed with its last reference. Save it with
+``figure.savefig("maps.png")``; a notebook shows it as the last line of a cell after
+``%matplotlib inline``.
 """
 
 from __future__ import annotations
@@ -19,18 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = [
-    "Overlay",
-    "as_image",
-    "as_images",
-    "as_maps",
-    "as_scores",
-    "new_figure",
-    "plot_episode",
-    "plot_pair",
-    "plot_retrieval",
-    "show_image",
-]
+__all__ = ["plot_episode", "plot_pair", "plot_retrieval"]
 
 
 def plot_pair(
@@ -51,9 +41,9 @@ def plot_pair(
         map_a: Map of the first image, ``[1, h, w]`` or ``[1, 1, h, w]``.
         map_b: Map of the second.
         score: The score, for the title of the figure.
-        titles: What to call the two images.
-        label: What the numbers at the colour bar are; for the rule ``"fam"``, whose maps are in
-            units of the activation, ``"FAM"``.
+        titles: The names of the two images.
+        label: The unit at the colour bar; ``"FAM"`` for the rule ``"fam"``, whose maps are in
+            units of the activation.
 
     Returns:
         The figure: images in the upper row, maps over them in the lower.
@@ -69,15 +59,15 @@ def plot_pair(
         >>> len(figure.axes)  # two images, two maps, the colour bar
         5
     """
-    images = [as_image(image_a, "image_a"), as_image(image_b, "image_b")]
-    maps = [_single(map_a, "map_a"), _single(map_b, "map_b")]
+    images = [_as_image(image_a, "image_a"), _as_image(image_b, "image_b")]
+    maps = [_as_single_map(map_a, "map_a"), _as_single_map(map_b, "map_b")]
     if len(titles) != 2:
-        raise ValueError(f"titles are {titles!r}: pass two, one an image")
-    number = None if score is None else float(as_scores(score, ()))
-    figure, axes = new_figure(2, 2, images)
-    overlay = Overlay(maps)
+        raise ValueError(f"titles are {titles!r}: pass two, one per image")
+    number = None if score is None else float(_as_scores(score, ()))
+    figure, axes = _new_figure(2, 2, images)
+    overlay = _Overlay(maps)
     for column in range(2):
-        show_image(axes[0, column], images[column], titles[column])
+        _show_image(axes[0, column], images[column], titles[column])
         overlay.draw(axes[1, column], images[column], maps[column])
     overlay.colour_bar(figure, axes[1, :], label)
     if number is not None:
@@ -94,15 +84,15 @@ def plot_episode(
     labels: Sequence[object] | None = None,
     label: str = "share of the score",
 ) -> Figure:
-    """Show what in every query speaks for every reference: queries x references.
+    """Show what in every query raises its score with every reference: queries x references.
 
     Args:
         queries: ``[Q, C, H, W]`` in [0, 1], or a list of images.
         references: ``[N, C, H, W]``: for a prototype, one of its supports.
         maps: Maps of the queries, ``[Q, N, 1, h, w]``.
-        scores: ``[Q, N]``; written over each map, the highest of a query framed.
-        labels: What to call the references; their numbers if not given.
-        label: What the numbers at the colour bar are.
+        scores: ``[Q, N]``; written over each map, the highest per query framed.
+        labels: The names of the references; their numbers by default.
+        label: The unit at the colour bar.
 
     Returns:
         The figure: references in the top row, queries in the left column, a map where they meet.
@@ -119,27 +109,28 @@ def plot_episode(
         >>> len(figure.axes)  # a grid of 3 x 4 and the colour bar
         13
     """
-    rows, tops = as_images(queries, "queries"), as_images(references, "references")
+    rows, tops = _as_images(queries, "queries"), _as_images(references, "references")
     shape = (len(rows), len(tops))
-    drawn = as_maps(maps, shape, "maps")
-    numbers = None if scores is None else as_scores(scores, shape)
+    drawn = _as_maps(maps, shape, "maps")
+    numbers = None if scores is None else _as_scores(scores, shape)
     names = [str(name) for name in (range(len(tops)) if labels is None else labels)]
     if len(names) != len(tops):
         raise ValueError(
             f"there are {len(names)} labels for {len(tops)} references: give one label each"
         )
-    figure, axes = new_figure(len(rows) + 1, len(tops) + 1, [*rows, *tops])
-    overlay = Overlay([drawn])
-    show_image(axes[0, 0], None)
+    figure, axes = _new_figure(len(rows) + 1, len(tops) + 1, [*rows, *tops])
+    overlay = _Overlay([drawn])
+    axes[0, 0].axis("off")
     for j, top in enumerate(tops):
-        show_image(axes[0, j + 1], top, f"reference {names[j]}")
+        _show_image(axes[0, j + 1], top, f"reference {names[j]}")
     for i, row in enumerate(rows):
-        show_image(axes[i + 1, 0], row, f"query {i}")
+        _show_image(axes[i + 1, 0], row, f"query {i}")
         for j in range(len(tops)):
             title = "" if numbers is None else f"{numbers[i, j]:.3f}"
             overlay.draw(axes[i + 1, j + 1], row, drawn[i, j], title)
         if numbers is not None:
-            _frame(axes[i + 1, 1 + int(numbers[i].argmax())])
+            for spine in axes[i + 1, 1 + int(numbers[i].argmax())].spines.values():
+                spine.set(edgecolor="black", linewidth=2.5)
     overlay.colour_bar(figure, axes[1:, :], label)
     return figure
 
@@ -153,18 +144,19 @@ def plot_retrieval(
     *,
     label: str = "share of the score",
 ) -> Figure:
-    """Show a query, its ranked hits, and for each hit what speaks for it on both sides.
+    """Show a query, its ranked hits, and per hit what raises the score on both sides.
 
     Args:
         query: ``[C, H, W]`` or ``[H, W]`` in [0, 1].
         hits: The hits in their order, ``[k, C, H, W]`` or a list of images.
-        query_maps: Maps of the query, one a hit, ``[k, 1, h, w]``.
+        query_maps: Maps of the query, one per hit, ``[k, 1, h, w]``.
         hit_maps: Maps of the hits, ``[k, 1, h, w]``.
         scores: ``[k]``.
-        label: What the numbers at the colour bar are.
+        label: The unit at the colour bar.
 
     Returns:
-        The figure, one column a hit: the hit, its query's map, its own map; the query at the left.
+        The figure: the query at the left, then one column per hit with the hit, the query's map
+        and its own map.
 
     Raises:
         ImportError: If matplotlib is not installed.
@@ -177,64 +169,48 @@ def plot_retrieval(
         >>> len(figure.axes)  # a grid of 3 x 4 and the colour bar
         13
     """
-    asked = as_image(query, "query")
-    found = as_images(hits, "hits")
-    ours = as_maps(query_maps, (len(found),), "query_maps")
-    theirs = as_maps(hit_maps, (len(found),), "hit_maps")
-    numbers = as_scores(scores, (len(found),))
-    figure, axes = new_figure(3, len(found) + 1, [asked, *found])
-    overlay = Overlay([ours, theirs])
-    show_image(axes[0, 0], asked, "query")
+    asked, found = _as_image(query, "query"), _as_images(hits, "hits")
+    ours = _as_maps(query_maps, (len(found),), "query_maps")
+    theirs = _as_maps(hit_maps, (len(found),), "hit_maps")
+    numbers = _as_scores(scores, (len(found),))
+    figure, axes = _new_figure(3, len(found) + 1, [asked, *found])
+    overlay = _Overlay([ours, theirs])
+    _show_image(axes[0, 0], asked, "query")
     for row, name in ((1, "in the query"), (2, "in the hit")):
-        show_image(axes[row, 0], None)
+        axes[row, 0].axis("off")
         axes[row, 0].text(0.95, 0.5, name, ha="right", va="center", fontsize=10)
     for j, hit in enumerate(found):
-        show_image(axes[0, j + 1], hit, f"hit {j + 1}: {numbers[j]:.3f}")
+        _show_image(axes[0, j + 1], hit, f"hit {j + 1}: {numbers[j]:.3f}")
         overlay.draw(axes[1, j + 1], asked, ours[j])
         overlay.draw(axes[2, j + 1], hit, theirs[j])
     overlay.colour_bar(figure, axes[1:, :], label)
     return figure
 
 
-def _single(attribution: Tensor, what: str) -> Tensor:
-    """One map ``[1, h, w]``, or a batch of one as the adapters return it."""
-    if getattr(attribution, "ndim", 0) == 4 and len(attribution) == 1:
-        attribution = attribution[0]
-    return as_maps(attribution, (), what)
+def _new_figure(rows: int, columns: int, images: Sequence[np.ndarray]) -> tuple[Figure, np.ndarray]:
+    """Make a figure and its axes ``[rows, columns]``, as high as the tallest image needs."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plots need matplotlib: pip install matplotlib") from error
+    aspect = max(image.shape[0] / image.shape[1] for image in images)
+    size = (2.0 * columns + 1.2, (2.0 * aspect + 0.3) * rows + 0.6)
+    # pyplot would keep the figure alive.
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def _frame(axis: Any) -> None:
-    """Mark an axis: the reference that a query is nearest to."""
-    for spine in axis.spines.values():
-        spine.set(edgecolor="black", linewidth=2.5)
-
-
-class Overlay:
-    """Draws maps over images, all on one colour scale.
-
-    Captum's colours: red, white, green for maps with two signs, greens for maps without negative
-    values; the image below in grey. Captum's own function scales every map by itself, so that two
-    of them cannot be compared; here the scale is one, in the units of the maps.
-
-    Args:
-        maps: Every map that will be drawn, to find the scale.
-
-    Attributes:
-        limits: The values at the two ends of the scale.
-
-    Example:
-        >>> Overlay([torch.tensor([[-1.0, 3.0]])]).limits
-        (-3.0, 3.0)
-    """
+class _Overlay:
+    """Draws maps ``[..., h, w]`` over grey images, all on one colour scale in their own units."""
 
     def __init__(self, maps: Sequence[Tensor]) -> None:
         from matplotlib.colors import LinearSegmentedColormap
 
-        most = max(float(part.abs().max()) for part in maps)
+        # Captum scales every map by itself, so that two of them cannot be compared. A scale needs
+        # some width, even for maps of zeros.
+        most = max(float(part.abs().max()) for part in maps) or 1.0
         signed = any(float(part.min()) < 0 for part in maps)
-        # A scale needs some width, even for maps of zeros.
-        most = most or 1.0
-        self.limits = (-most if signed else 0.0, most)
+        self._limits = (-most if signed else 0.0, most)
         # As captum.attr.visualization colours "all" and "positive".
         self._cmap: Any = (
             LinearSegmentedColormap.from_list("RdWhGn", ["red", "white", "green"])
@@ -246,65 +222,34 @@ class Overlay:
     def draw(self, axis: Axes, image: np.ndarray, attribution: Tensor, title: str = "") -> None:
         """Draw a map ``[h, w]``, upsampled bilinearly, over an image ``[H, W, 3]``."""
         upsampled = F.interpolate(attribution[None, None], image.shape[:2], mode="bilinear")[0, 0]
-        axis.imshow(image.mean(axis=2), cmap="gray", vmin=0, vmax=1)
-        low, high = self.limits
+        _show_image(axis, image.mean(axis=2), title)
+        low, high = self._limits
         self._drawn = axis.imshow(
             upsampled.numpy(), cmap=self._cmap, vmin=low, vmax=high, alpha=0.5
         )
-        _bare(axis, title)
 
     def colour_bar(self, figure: Figure, axes: Any, label: str) -> None:
-        """Say what the colours stand for, beside the given axes."""
+        """Add the colour bar of the last map beside the given axes."""
         figure.colorbar(self._drawn, ax=axes, label=label, shrink=0.8)
 
 
-def new_figure(rows: int, columns: int, images: Sequence[np.ndarray]) -> tuple[Figure, np.ndarray]:
-    """Make a figure and its grid of axes, without pyplot, which would keep it alive.
-
-    Args:
-        rows: Rows of axes.
-        columns: Columns of axes.
-        images: What will be drawn, ``[H, W, 3]``: rows are as high as the tallest needs.
-
-    Raises:
-        ImportError: If matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install matplotlib") from error
-    aspect = max(image.shape[0] / image.shape[1] for image in images)
-    size = (2.0 * columns + 1.2, (2.0 * aspect + 0.3) * rows + 0.6)
-    figure = Figure(figsize=size, layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False)
+def _show_image(axis: Axes, image: np.ndarray, title: str) -> None:
+    """Draw an image ``[H, W, 3]``, or ``[H, W]`` in grey, without ticks."""
+    axis.imshow(image, cmap="gray", vmin=0, vmax=1)
+    axis.set_xticks([])
+    axis.set_yticks([])
+    axis.set_title(title, fontsize=9)
 
 
-def show_image(axis: Axes, image: np.ndarray | None, title: str = "") -> None:
-    """Draw an image ``[H, W, 3]``, or leave its place empty."""
-    if image is None:
-        axis.axis("off")
-        return
-    axis.imshow(image, vmin=0, vmax=1)
-    _bare(axis, title)
-
-
-def as_image(image: Any, what: str) -> np.ndarray:
-    """Turn ``[C, H, W]`` or ``[H, W]`` in [0, 1], grey or RGB, into ``[H, W, 3]``.
-
-    Raises:
-        ValueError: On another shape, or values that are not finite or outside [0, 1].
-
-    Example:
-        >>> as_image(torch.zeros(1, 4, 6), "query").shape
-        (4, 6, 3)
-    """
+def _as_image(image: Any, what: str) -> np.ndarray:
+    """Check an image ``[C, H, W]`` or ``[H, W]`` and return it as ``[H, W, 3]`` in [0, 1]."""
     pixels = torch.as_tensor(image).detach().float().cpu()
     if pixels.dim() == 2:
         pixels = pixels[None]
     if pixels.dim() != 3 or pixels.shape[0] not in (1, 3) or 0 in pixels.shape:
         raise ValueError(
-            f"{what} has shape {tuple(pixels.shape)}: pass an image [C, H, W] with 1 or 3 channels "
-            "first, or [H, W]; one image of a batch is images[i]"
+            f"{what} has shape {tuple(pixels.shape)}, not [H, W] or [C, H, W] with 1 or 3 channels "
+            "first: pass one image; of a batch, images[i]"
         )
     if not torch.isfinite(pixels).all():
         raise ValueError(f"{what} holds NaN or infinite values: check the image")
@@ -318,59 +263,39 @@ def as_image(image: Any, what: str) -> np.ndarray:
     return shown
 
 
-def as_images(images: Any, what: str) -> list[np.ndarray]:
-    """The same for a batch ``[N, C, H, W]`` or a list of images, of one size or several.
-
-    Raises:
-        ValueError: If there are none, and as for :func:`as_image`.
-    """
+def _as_images(images: Any, what: str) -> list[np.ndarray]:
+    """Check a batch ``[N, C, H, W]`` or a list of images of several sizes, and that it has any."""
     if len(images) == 0:
         raise ValueError(f"there are no {what}: pass at least one image")
-    return [as_image(image, f"{what}[{index}]") for index, image in enumerate(images)]
+    return [_as_image(image, f"{what}[{index}]") for index, image in enumerate(images)]
 
 
-def as_maps(maps: Any, leading: tuple[int, ...], what: str) -> Tensor:
-    """Turn maps ``[*leading, 1, h, w]`` into ``[*leading, h, w]`` on the host.
-
-    Raises:
-        ValueError: On another shape, or values that are not finite.
-
-    Example:
-        >>> as_maps(torch.zeros(2, 3, 1, 4, 4), (2, 3), "maps").shape
-        torch.Size([2, 3, 4, 4])
-    """
+def _as_maps(maps: Any, leading: tuple[int, ...], what: str) -> Tensor:
+    """Check maps ``[*leading, 1, h, w]`` and return them as ``[*leading, h, w]`` on the host."""
     given = torch.as_tensor(maps).detach().float().cpu()
-    wanted = ", ".join([*map(str, leading), "1", "h", "w"])
-    fits = given.dim() == len(leading) + 3 and tuple(given.shape[:-3]) == leading
-    if not fits or given.shape[-3] != 1 or 0 in given.shape:
+    fits = given.dim() == len(leading) + 3 and tuple(given.shape[:-2]) == (*leading, 1)
+    if not fits or 0 in given.shape:
+        wanted = ", ".join(map(str, (*leading, 1, "h", "w")))
         raise ValueError(
             f"{what} has shape {tuple(given.shape)}, not [{wanted}]: pass the maps as LayerFam "
-            "returns them, one for every image that is shown"
+            "returns them, one per image that is shown"
         )
     if not torch.isfinite(given).all():
         raise ValueError(f"{what} holds NaN or infinite values: check the images and the weights")
     return given.squeeze(-3)
 
 
-def as_scores(scores: Any, shape: tuple[int, ...]) -> Tensor:
-    """Check that there is one score for every map.
+def _as_single_map(attribution: Any, what: str) -> Tensor:
+    """Check a map ``[1, h, w]``, or a batch of one, and return it as ``[h, w]``."""
+    given = torch.as_tensor(attribution)
+    return _as_maps(given[0] if given.dim() == 4 and len(given) == 1 else given, (), what)
 
-    Raises:
-        ValueError: On another shape.
 
-    Example:
-        >>> as_scores([[1, 2]], (1, 2))
-        tensor([[1., 2.]])
-    """
+def _as_scores(scores: Any, shape: tuple[int, ...]) -> Tensor:
+    """Check that there is one score per map and return them as ``shape`` on the host."""
     given = torch.as_tensor(scores).detach().float().cpu()
     if tuple(given.shape) != shape:
         raise ValueError(
-            f"scores has shape {tuple(given.shape)}, not {list(shape)}: pass one for every map"
+            f"scores has shape {tuple(given.shape)}, not {list(shape)}: pass one per map"
         )
     return given
-
-
-def _bare(axis: Axes, title: str) -> None:
-    axis.set_xticks([])
-    axis.set_yticks([])
-    axis.set_title(title, fontsize=9)

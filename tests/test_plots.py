@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import matplotlib
+import matplotlib.image
 import numpy as np
 import pytest
 import torch
@@ -15,6 +16,11 @@ from fam_plugins import plots
 from fam_plugins.plots import plot_episode, plot_pair, plot_retrieval
 
 GENERATOR = torch.Generator().manual_seed(0)
+
+A, M = torch.rand(3, 8, 8), torch.randn(1, 2, 2)
+TWO, MM = torch.rand(2, 3, 8, 8), torch.randn(2, 1, 2, 2)
+BAD = A.clone()
+BAD[0, 0, 0] = torch.nan
 
 
 def images(*shape: int) -> torch.Tensor:
@@ -56,6 +62,10 @@ def test_a_pair_shows_both_images_and_both_maps_on_one_scale():
         np.testing.assert_allclose(drawn.cmap(0.0)[:3], (1, 0, 0))
         np.testing.assert_allclose(drawn.cmap(0.5)[:3], (1, 1, 1), atol=0.01)
         np.testing.assert_allclose(drawn.cmap(1.0)[:3], (0, 0.5, 0), atol=0.01)
+        assert drawn.get_alpha() == 0.5
+    for axis in (low_a, low_b):
+        below = axis.get_images()[0]
+        assert (below.cmap.name, below.get_clim()) == ("gray", (0, 1))
     assert bar.get_ylabel() == "share of the score"
     assert figure.get_suptitle() == "score 0.250"
 
@@ -87,6 +97,7 @@ def test_an_episode_is_a_grid_with_the_nearest_reference_framed():
         assert grid[0, j + 1].get_title() == f"reference {'xyz'[j]}"
     for i in range(2):
         np.testing.assert_allclose(layers(grid[i + 1, 0])[0], queries[i].permute(1, 2, 0))
+        assert grid[i + 1, 0].get_title() == f"query {i}"
         for j in range(3):
             expected = F.interpolate(drawn[i, j][None], (8, 8), mode="bilinear")[0, 0]
             np.testing.assert_allclose(layers(grid[i + 1, j + 1])[1], expected, rtol=1e-6)
@@ -105,7 +116,13 @@ def test_a_ranked_list_shows_both_sides():
     grid = np.array(figure.axes[:9]).reshape(3, 3)
     assert len(figure.axes) == 10
     np.testing.assert_allclose(layers(grid[0, 0])[0][..., 0], query)
+    assert grid[0, 0].get_title() == "query"
+    names = [[text.get_text() for text in grid[row, 0].texts] for row in range(3)]
+    assert names == [[], ["in the query"], ["in the hit"]]
     for j, hit in enumerate(hits):
+        np.testing.assert_allclose(
+            layers(grid[0, j + 1])[0], hit.expand(3, -1, -1).permute(1, 2, 0)
+        )
         assert grid[0, j + 1].get_title() == f"hit {j + 1}: {[0.9, 0.8][j]:.3f}"
         expected = F.interpolate(query_maps[j][None], (8, 8), mode="bilinear")[0, 0]
         np.testing.assert_allclose(layers(grid[1, j + 1])[1], expected, rtol=1e-6)
@@ -113,6 +130,63 @@ def test_a_ranked_list_shows_both_sides():
         np.testing.assert_allclose(layers(grid[2, j + 1])[1], expected, rtol=1e-6)
     most = float(max(query_maps.abs().max(), hit_maps.abs().max()))
     assert {o.get_clim() for o in overlays(figure)} == {(-most, most)}
+
+
+@pytest.mark.parametrize(
+    "plot",
+    [
+        lambda **options: plot_pair(A, A, M, M, **options),
+        lambda **options: plot_episode(TWO, TWO, torch.randn(2, 2, 1, 2, 2), **options),
+        lambda **options: plot_retrieval(A, TWO, MM, MM, [1, 2], **options),
+    ],
+    ids=["pair", "episode", "retrieval"],
+)
+def test_the_colour_bar_names_the_unit(plot):
+    assert plot().axes[-1].get_ylabel() == "share of the score"
+    assert plot(label="FAM").axes[-1].get_ylabel() == "FAM"
+
+
+def test_references_are_numbered_where_they_have_no_labels():
+    figure = plot_episode(TWO, TWO, torch.randn(2, 2, 1, 2, 2))
+    assert [axis.get_title() for axis in figure.axes[1:3]] == ["reference 0", "reference 1"]
+
+
+def test_rows_are_as_high_as_the_tallest_image_needs():
+    wide, tall = images(10, 20), images(20, 10)
+    drawn = maps(1, 2, 2)
+    sizes = [
+        plot_pair(a, b, drawn, drawn).get_size_inches().tolist()
+        for a, b in ((wide, wide), (wide, tall), (tall, wide), (tall, tall))
+    ]
+    assert {width for width, _ in sizes} == {5.2}
+    heights = [height for _, height in sizes]
+    # Two rows of columns that are two inches wide: half as high as wide, or twice.
+    assert heights[1:] == [heights[-1]] * 3
+    assert heights[-1] - heights[0] == pytest.approx(2 * (2 * 2 - 2 * 0.5))
+
+
+def test_the_saved_picture_shows_the_colours(tmp_path):
+    blue = torch.tensor([0.0, 0.0, 1.0])[:, None, None].expand(3, 8, 8)
+    against, in_favour = -torch.ones(1, 2, 2), torch.ones(1, 2, 2)
+    plot_pair(blue, blue, against, in_favour).savefig(tmp_path / "pair.png")
+    pixels = matplotlib.image.imread(tmp_path / "pair.png")[..., :3]
+
+    def share(*colour):
+        return np.isclose(pixels, colour, atol=0.01).all(axis=-1).mean()
+
+    # Grey 1/3 below, half red and half the green of Captum above.
+    shares = [share(0, 0, 1) / 2, share(2 / 3, 1 / 6, 1 / 6), share(1 / 6, 5 / 12, 1 / 6)]
+    assert min(shares) > 0.1
+    np.testing.assert_allclose(shares, shares[0], rtol=0.05)
+
+
+def test_values_off_by_rounding_are_clamped():
+    off = torch.full((4, 4), 1.0005)
+    off[0] = -0.0005
+    figure = plot_pair(off, off, M, M)
+    for drawn in (layers(figure.axes[0])[0], layers(figure.axes[2])[0]):
+        assert (drawn[0].max(), drawn[1:].min(), drawn.max()) == (0, 1, 1)
+        assert drawn.min() == 0
 
 
 def test_nothing_global_is_touched_and_the_figure_can_be_saved(tmp_path):
@@ -151,13 +225,11 @@ def test_without_matplotlib_the_fix_is_named():
 
 def test_half_precision_and_maps_with_a_graph_are_drawn():
     drawn = maps(1, 2, 2).bfloat16().requires_grad_()
-    plot_pair(images(8, 8).half(), images(8, 8), drawn, drawn)
-
-
-A, M = torch.rand(3, 8, 8), torch.randn(1, 2, 2)
-TWO, MM = torch.rand(2, 3, 8, 8), torch.randn(2, 1, 2, 2)
-BAD = A.clone()
-BAD[0, 0, 0] = torch.nan
+    image = images(8, 8).half()
+    figure = plot_pair(image, images(8, 8), drawn, drawn)
+    np.testing.assert_array_equal(layers(figure.axes[0])[0][..., 0], image.float())
+    expected = F.interpolate(drawn.detach().float()[None], (8, 8), mode="bilinear")[0, 0]
+    np.testing.assert_allclose(layers(figure.axes[2])[1], expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -167,6 +239,8 @@ BAD[0, 0, 0] = torch.nan
         (lambda: plot_pair(A.permute(1, 2, 0), A, M, M), "1 or 3 channels first"),
         (lambda: plot_pair(A, 255 * A, M, M), "image_b has values.*image / 255"),
         (lambda: plot_pair(A - 0.5, A, M, M), "before the model's normalisation"),
+        (lambda: plot_pair(A * 0 + 1.05, A, M, M), "image_a has values from 1.05 to 1.05"),
+        (lambda: plot_pair(A, A * 0 - 0.05, M, M), "image_b has values from -0.05 to -0.05"),
         (lambda: plot_pair(A, BAD, M, M), "image_b holds NaN"),
         (lambda: plot_pair(A, A, M * torch.nan, M), "map_a holds NaN"),
         (lambda: plot_pair(A, A, M, MM), r"map_b has shape \(2, 1, 2, 2\), not \[1, h, w\]"),

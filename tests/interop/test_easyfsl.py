@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from fam_plugins import LayerFam, SimilarityModel
+from fam_plugins import LayerFam
+from fam_plugins.interop.easyfsl import from_easyfsl
 from tests.networks import State, encoder
 
 methods = pytest.importorskip("easyfsl.methods")
@@ -28,7 +29,7 @@ def fitted(kind, backbone=None, **options):
 def test_scores_are_those_of_the_classifier(kind, centre, power):
     classifier = fitted(kind, feature_centering=centre, feature_normalization=power)
     before = State.of(classifier)
-    model = SimilarityModel.from_easyfsl(classifier)
+    model = from_easyfsl(classifier)
     before.assert_unchanged(classifier)
     torch.testing.assert_close(model(QUERIES), classifier(QUERIES), rtol=1e-6, atol=1e-6)
     assert model.labels == (0, 1, 2, 3)
@@ -48,9 +49,7 @@ def test_predicted_against_the_runner_up():
     classifier = fitted(methods.PrototypicalNetworks)
     scores = classifier(QUERIES[:1])
     best, second = scores.argsort(descending=True)[0, :2].tolist()
-    model = SimilarityModel.from_easyfsl(
-        classifier, contrast=classifier.prototypes[second : second + 1].detach()
-    )
+    model = from_easyfsl(classifier, contrast=classifier.prototypes[second : second + 1].detach())
     torch.testing.assert_close(model(QUERIES[:1])[0, best], scores[0, best] - scores[0, second])
 
 
@@ -64,9 +63,32 @@ def test_a_cosine_classifier_of_the_users_own():
             return False
 
     classifier = fitted(Own)
-    torch.testing.assert_close(
-        SimilarityModel.from_easyfsl(classifier)(QUERIES), classifier(QUERIES)
-    )
+    torch.testing.assert_close(from_easyfsl(classifier)(QUERIES), classifier(QUERIES))
+
+
+@pytest.mark.parametrize("power", [None, 2.0])
+def test_a_squared_distance_is_told_from_the_distance(power):
+    class Squared(methods.PrototypicalNetworks):
+        def forward(self, query_images):
+            return -super().forward(query_images).square()
+
+    found = {}
+    for kind in (methods.SimpleShot, methods.PrototypicalNetworks, Squared):
+        classifier = fitted(kind, feature_normalization=power)
+        model = from_easyfsl(classifier)
+        torch.testing.assert_close(model(QUERIES), classifier(QUERIES), rtol=1e-5, atol=1e-6)
+        found[kind.__name__] = model.similarity.split()[0]
+    assert found == {
+        "SimpleShot": "cosine",
+        "PrototypicalNetworks": "euclidean",
+        "Squared": "sqeuclidean",
+    }
+
+
+def with_feature_maps():
+    classifier = fitted(methods.PrototypicalNetworks)
+    classifier.prototypes = torch.ones(4, 6, 2, 2)
+    return classifier
 
 
 class Shuffled(methods.SimpleShot):
@@ -86,17 +108,18 @@ class Shuffled(methods.SimpleShot):
             r"attention over its whole support set.*LayerFam\(classifier, layer\)",
         ),
         (lambda: fitted(Shuffled), ValueError, "something other than the cosine"),
+        (with_feature_maps, ValueError, r"shape \(4, 6, 2, 2\), not \[N, D\]"),
         (encoder, TypeError, "no backbone"),
         (lambda: nn.ReLU(), TypeError, "no backbone"),
     ],
 )
 def test_what_cannot_be_reproduced_is_refused_with_the_reason(make, error, message):
     with pytest.raises(error, match=message):
-        SimilarityModel.from_easyfsl(make())
+        from_easyfsl(make())
 
 
 def test_a_class_without_shots_is_refused():
     classifier = methods.PrototypicalNetworks(encoder()).eval()
     classifier.process_support_set(SUPPORT[:3], torch.tensor([0, 2, 2]))
     with pytest.raises(ValueError, match="class without any support"):
-        SimilarityModel.from_easyfsl(classifier)
+        from_easyfsl(classifier)
