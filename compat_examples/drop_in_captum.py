@@ -27,7 +27,7 @@ def before(model: nn.Module, image: Tensor, target: int) -> Tensor:
 
 def after(model: nn.Module, image: Tensor, target: int) -> Tensor:
     """The same code with another class name."""
-    explainer = LayerFam(model, model.features)
+    explainer = LayerFam(model, model.features, rule="centred")
     attribution = explainer.attribute(image, target=target)
     return LayerAttribution.interpolate(attribution, image.shape[2:], "bilinear")
 

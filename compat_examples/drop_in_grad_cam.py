@@ -28,7 +28,7 @@ def before(model: nn.Module, image: Tensor, target: int) -> np.ndarray:
 
 def after(model: nn.Module, image: Tensor, target: int) -> np.ndarray:
     """The same code with another class name."""
-    with FAM(model=model, target_layers=[model.features[-1]]) as cam:
+    with FAM(model=model, target_layers=[model.features[-1]], rule="centred") as cam:
         return cam(input_tensor=image, targets=[ClassifierOutputTarget(target)])[0]
 
 

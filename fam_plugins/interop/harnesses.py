@@ -29,7 +29,7 @@ def for_captum(attribution: Any, *, interpolate_mode: str = "bilinear") -> Calla
     """Make the explanation function that ``captum.metrics`` take.
 
     Args:
-        attribution: An object with ``attribute``, such as ``LayerFam(model, layer)``.
+        attribution: An object with ``attribute``, such as ``LayerFam(model, layer, rule=...)``.
         interpolate_mode: How maps are enlarged, as for :func:`torch.nn.functional.interpolate`.
 
     Returns:
@@ -40,7 +40,7 @@ def for_captum(attribution: Any, *, interpolate_mode: str = "bilinear") -> Calla
     Example:
         >>> from fam_plugins import LayerFam
         >>> model = SimilarityModel(nn.Sequential(nn.ReLU(), nn.Flatten()), torch.rand(3, 48))
-        >>> explain = for_captum(LayerFam(model, "encoder.0"))
+        >>> explain = for_captum(LayerFam(model, "encoder.0", rule="centred"))
         >>> explain(torch.rand(2, 3, 4, 4), target=1)[0].shape
         torch.Size([2, 3, 4, 4])
     """
@@ -126,7 +126,7 @@ def for_torchcam(attribution: Any, *, classifier: bool = False) -> _Extractor:
     """Make the extractor that ``torchcam.metrics`` take, for a ``with`` block.
 
     Args:
-        attribution: An object with ``attribute`` and ``forward_func``: ``LayerFam(model, layer)``.
+        attribution: An object with ``attribute`` and ``forward_func``: ``LayerFam(model, layer, rule=...)``.
         classifier: As for :func:`for_quantus`.
 
     Returns:
@@ -142,7 +142,7 @@ def for_torchcam(attribution: Any, *, classifier: bool = False) -> _Extractor:
     Example:
         >>> from fam_plugins import LayerFam
         >>> model = SimilarityModel(nn.Sequential(nn.ReLU(), nn.Flatten()), torch.rand(3, 48))
-        >>> with for_torchcam(LayerFam(model, "encoder.0")) as extractor:
+        >>> with for_torchcam(LayerFam(model, "encoder.0", rule="centred")) as extractor:
         ...     scores = extractor.model(torch.rand(2, 3, 4, 4))
         ...     extractor([0, 1], scores)[0].shape
         torch.Size([2, 4, 4])

@@ -75,7 +75,8 @@ def main() -> None:
     images = torch.randn(args.batch, 3, args.size, args.size, device=args.device)
     model = SimilarityModel(net, torch.randn(10, 2048))
     targets = [ClassifierOutputTarget(3)] * args.batch
-    explainer, cam = LayerFam(model, net.layer4), FAM(model, [net.layer4])
+    explainer = LayerFam(model, net.layer4, rule="fam")
+    cam = FAM(model, [net.layer4], rule="fam")
 
     def bare() -> None:
         with torch.no_grad():
