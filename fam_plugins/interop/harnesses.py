@@ -126,7 +126,7 @@ def for_torchcam(attribution: Any, *, classifier: bool = False) -> _Extractor:
     """Make the extractor that ``torchcam.metrics`` take, for a ``with`` block.
 
     Args:
-        attribution: An object with ``attribute`` and ``forward_func``: ``LayerFam(model, layer, rule=...)``.
+        attribution: An object with ``attribute`` and ``forward_func``, such as a LayerFam.
         classifier: As for :func:`for_quantus`.
 
     Returns:
