@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,9 +12,16 @@ from torch import nn
 __all__ = ["eval_mode", "place_of"]
 
 
+_lock = threading.Lock()
+_held: dict[nn.Module, tuple[int, bool]] = {}
+"""Of every module in eval mode for a while: how many blocks hold it there, and its own mode."""
+
+
 @contextmanager
 def eval_mode(module: nn.Module) -> Iterator[None]:
     """Put a module into eval mode for a while, then give every submodule its own mode back.
+
+    Blocks may overlap, in one thread or in several: the last one to end gives the mode back.
 
     Example:
         >>> dropout = nn.Dropout()
@@ -23,13 +31,22 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
         >>> dropout.training
         True
     """
-    modes = [(part, part.training) for part in module.modules()]
+    parts = list(module.modules())
+    with _lock:
+        for part in parts:
+            count, own = _held.get(part, (0, part.training))
+            _held[part] = count + 1, own
     try:
         module.eval()
         yield
     finally:
-        for part, training in modes:
-            part.training = training
+        with _lock:
+            for part in parts:
+                count, own = _held.pop(part)
+                if count > 1:
+                    _held[part] = count - 1, own
+                else:
+                    part.training = own
 
 
 def place_of(module: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:

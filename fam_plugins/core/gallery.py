@@ -23,7 +23,6 @@ class Gallery:
     Args:
         array: ``np.memmap`` or ``np.load(..., mmap_mode="r")``, of a floating dtype. It is kept by
             reference; a deep copy of the gallery shares it.
-        allow_zero: Whether an all-zero row may be compared.
 
     Attributes:
         array: The array.
@@ -44,7 +43,7 @@ class Gallery:
                 [1., 0., 0.]])
     """
 
-    def __init__(self, array: Any, *, allow_zero: bool = True) -> None:
+    def __init__(self, array: Any) -> None:
         if array.dtype.kind != "f" or array.dtype.itemsize > 8:
             raise TypeError(
                 f"the gallery has dtype {array.dtype}: store embeddings as float16, float32 or "
@@ -57,7 +56,6 @@ class Gallery:
             )
         self.array = array
         self.values_per_part = 2**22
-        self._allow_zero = allow_zero
 
     def __len__(self) -> int:
         return len(self.array)
@@ -85,13 +83,10 @@ class Gallery:
     def _checked(self, part: Any, numbers: Any, like: Tensor) -> Tensor:
         """``[n, D]`` as a tensor, refused with the row's number where it cannot be compared."""
         rows = torch.from_numpy(part.astype(part.dtype.newbyteorder("="), copy=False)).to(like)
-        length = torch.linalg.vector_norm(rows, ord=float("inf"), dim=1)
-        bad = ~torch.isfinite(length)
-        problem = f"holds NaN, infinite values, or values beyond {like.dtype}"
-        if not self._allow_zero and not bad.any():
-            bad = length == 0
-            problem = 'is all zero, so it has no cosine (similarity="dot" or "sqeuclidean" work)'
+        bad = ~torch.isfinite(rows).all(dim=1)
         if bad.any():
-            number = numbers[int(bad.nonzero()[0])]
-            raise ValueError(f"gallery row {number} {problem}: write it again, or leave it out")
+            raise ValueError(
+                f"gallery row {numbers[int(bad.nonzero()[0])]} holds NaN, infinite values, or "
+                f"values beyond {like.dtype}: write it again, or leave it out"
+            )
         return rows

@@ -7,6 +7,7 @@ the tail (usually a pooling and a matrix product) gives the gradient. Parameters
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -61,6 +62,7 @@ class LayerPass:
         self.tracked: list[LayerTensors] = []
         self._names = dict(found)
         self._kept: dict[nn.Module, LayerTensors] = {}
+        self._thread = threading.get_ident()
         self._at_input = at_input
         self._zeros = zeros
         self._differentiate = differentiate
@@ -88,8 +90,8 @@ class LayerPass:
             if layer not in self._kept:
                 raise AssertionError(
                     f"layer {name!r} did not run in the forward pass: choose a layer that the "
-                    "model calls for these inputs (and explain the model itself, not a compiled "
-                    "copy)"
+                    "model calls for these inputs, and explain the model itself, not a compiled "
+                    "copy or DataParallel (model.module)"
                 )
         self.tracked = [self._kept[layer] for layer in self.layers]
         return output
@@ -137,12 +139,14 @@ class LayerPass:
 
     def _keep(self, layer: nn.Module, given: Any) -> Any:
         """Keep what the layer gives, and hand the model a copy of it to go on from."""
+        if threading.get_ident() != self._thread:
+            return None  # somebody else's call of the same model
         name = self._names[layer]
         if layer in self._kept:
             raise RuntimeError(
-                f"layer {name!r} ran twice in one forward pass, so its map would be that of only "
-                "one of the runs: embed references once beforehand (SimilarityModel does), give a "
-                "reused ReLU its own module, and unwrap DataParallel (model.module)"
+                f"layer {name!r} ran twice in one forward pass, so its map would be that of one of "
+                "the runs: embed references once beforehand (as SimilarityModel), or give a reused "
+                "ReLU its own module"
             )
         parts = list(given) if isinstance(given, (tuple, list)) else [given]
         where = [i for i, part in enumerate(parts) if isinstance(part, Tensor)]
@@ -159,6 +163,8 @@ class LayerPass:
         self._tracking = True
         if not isinstance(given, (tuple, list)):
             return parts[0]
+        if hasattr(given, "_fields"):  # a namedtuple
+            return type(given)(*parts)
         return parts if isinstance(given, list) else tuple(parts)
 
     def _start(self, tensor: Tensor) -> Tensor:

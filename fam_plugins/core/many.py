@@ -77,7 +77,7 @@ def map_references(
         else:
             gradients = one.gradients(end, wanted.transpose(0, 1), retain_graph=True)
         chunks.append(one.finish(gradients))
-    one.warn_about_contrast()
+    one.warn()
     return [
         tuple(torch.cat(parts, dim=1) for parts in zip(*of_layer, strict=True))
         for of_layer in zip(*chunks, strict=True)

@@ -69,7 +69,7 @@ class MapPass:
         self._pass = LayerPass(model, layers, at_input=at_input)
         self._given: Transform | str | None = transform
         self._transforms: list[Transform | None] = []
-        self._frozen = Frozen()
+        self._noted = Frozen(freeze=self.rule.frozen)
 
     def run(self, forward: Callable[[], T], images: Any) -> T:
         """Run the model once on images, a tensor or a tuple of tensors that starts with one.
@@ -102,10 +102,8 @@ class MapPass:
         return output
 
     def frozen(self) -> AbstractContextManager[object]:
-        """Within the block, scores are frozen if the rule asks for it."""
-        if not self.rule.frozen or ACTIVE.get() is self._frozen:
-            return nullcontext()
-        return frozen_scores(self._frozen)
+        """Within the block, scores are noted, and frozen if the rule asks for it."""
+        return nullcontext() if ACTIVE.get() is self._noted else frozen_scores(self._noted)
 
     def explain(
         self, forward: Callable[[], T], images: Any, score: Callable[[T], Tensor], **options: Any
@@ -135,7 +133,7 @@ class MapPass:
             scores = score()
             gradients = self.gradients(scores, torch.ones_like(scores)[None], **grad_kwargs)
         self.scores = scores.detach()
-        self.warn_about_contrast()
+        self.warn()
         maps = self.finish(gradients, sum_channels=sum_channels)
         return [tuple(part[:, 0] for part in parts) for parts in maps]
 
@@ -185,11 +183,19 @@ class MapPass:
 
     def replayed(self) -> AbstractContextManager[object]:
         """Within the block, scores are the linear functions that :meth:`maps` explained."""
-        return frozen_scores(self._frozen, replay=True)
+        return frozen_scores(self._noted, replay=True)
 
-    def warn_about_contrast(self) -> None:
-        """Warn if the rule is the published one and a score so far had a contrast set."""
-        if self.rule is RULES["fam"] and self._frozen.contrasted:
+    def warn(self) -> None:
+        """Warn of embeddings of zeros, and of the published rule with a contrast set."""
+        batch = len(self.activations[0][0])
+        zero = torch.cat(self._noted.zero)[:batch] if self._noted.zero else torch.zeros(0)
+        if zero.any():
+            rows = ", ".join(map(str, zero.nonzero().flatten().tolist()))
+            warn_user(
+                f"embedding row {rows} is all zero (a black or masked image?): it has no "
+                "direction, so its score is 0 and its map is zero"
+            )
+        if self.rule is RULES["fam"] and self._noted.contrasted:
             warn_user(
                 'rule "fam" rescales every channel to [0, 1], which undoes the contrast: with '
                 'contrast use rule="centred" (recommended), "additive" or "gradcam"'

@@ -6,13 +6,12 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fam_plugins.core.eval_mode import eval_mode, place_of
 from fam_plugins.core.messages import with_progress
 from fam_plugins.core.scores import check_embeddings, embed
-from fam_plugins.core.similarity import Similarity, as_similarity
+from fam_plugins.core.similarity import Similarity, as_similarity, unit_length
 
 __all__ = ["embed_once", "gallery_mean", "prototypes", "unique_labels"]
 
@@ -55,11 +54,11 @@ def prototypes(
             f"there are {len(embeddings)} supports and {len(names)} labels: give one label each"
         )
     supports = embeddings.detach()
-    check_embeddings(supports, allow_zero=not chosen.scale_free, what="support")
+    check_embeddings(supports, what="support")
     if chosen.scale_free:
         # Through float32, where the squared length of a half-precision vector cannot overflow.
         wide = supports.to(torch.promote_types(supports.dtype, torch.float32))
-        supports = F.normalize(wide, dim=1).to(embeddings.dtype)
+        supports = unit_length(wide).to(embeddings.dtype)
     rows = [
         supports[[i for i, name in enumerate(names) if name == label]].mean(dim=0)
         for label in unique_labels(names)
@@ -107,8 +106,7 @@ def gallery_mean(
 
     Raises:
         TypeError: If a batch holds no tensor of images, or the encoder returns no tensor.
-        ValueError: On an unknown similarity, an empty loader, or embeddings that are not finite
-            or, for cosine, zero.
+        ValueError: On an unknown similarity, an empty loader, or embeddings that are not finite.
 
     Example:
         >>> batches = [torch.tensor([[3.0, 0.0]]), torch.tensor([[0.0, 5.0]])]
@@ -121,11 +119,11 @@ def gallery_mean(
     with torch.inference_mode(False), torch.no_grad(), eval_mode(encoder):
         for batch in with_progress(loader, "averaging the gallery"):
             found = embed(encoder, _at_home(_images(batch), encoder))
-            check_embeddings(found, allow_zero=not scale_free, what="gallery embedding")
+            check_embeddings(found, what="gallery embedding")
             # In float64 on the CPU: a million float32 summands would lose digits, and not every
             # device has float64.
             rows = found.cpu().double()
-            part = (F.normalize(rows, dim=1) if scale_free else rows).sum(dim=0)
+            part = (unit_length(rows) if scale_free else rows).sum(dim=0)
             total = part if total is None else total + part
             count += len(rows)
         if total is None:
@@ -139,7 +137,6 @@ def embed_once(
     what: str,
     chunk_size: int = 32,
     *,
-    allow_zero: bool = True,
     width: int | None = None,
 ) -> Tensor:
     """Images ``[S, ...]`` (or embeddings, taken as they are) -> ``[S, D]``, detached and copied.
@@ -167,7 +164,7 @@ def embed_once(
             found = torch.cat(chunks)
         else:
             found = given.clone()
-    check_embeddings(found, width=width, allow_zero=allow_zero, what=what)
+    check_embeddings(found, width=width, what=what)
     return found
 
 

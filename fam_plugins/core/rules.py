@@ -72,7 +72,8 @@ def fam_weights(activations: Tensor, gradients: Tensor) -> Tensor:
     """Contributions of the channels, min-max normalised over them (FAM, arXiv 2307.05017).
 
     For a cosine over a pooled layer the contributions are ``q_k s_k`` with both embeddings at unit
-    length. The weights are all ones where every channel contributes the same.
+    length. The weights are all ones where every channel contributes the same, and zeros where none
+    contributes, as for an embedding of zeros.
     """
     if gradients.shape[3] == 1:
         contributions = gradients[..., 0] * activations.sum(dim=2)[:, None]
@@ -80,9 +81,7 @@ def fam_weights(activations: Tensor, gradients: Tensor) -> Tensor:
         contributions = torch.einsum("bcr,bkcr->bkc", activations, gradients)
     low = contributions.amin(dim=2, keepdim=True)
     spread = contributions.amax(dim=2, keepdim=True) - low
-    weights = torch.where(
-        spread > 0, (contributions - low) / spread, torch.ones_like(contributions)
-    )
+    weights = torch.where(spread > 0, (contributions - low) / spread, (low != 0).to(low))
     return weights[..., None]
 
 

@@ -26,18 +26,22 @@ Contrast = Tensor | Literal["others"] | None
 
 @dataclass
 class Frozen:
-    """The embeddings at which the scores of a forward pass were frozen.
+    """What a pass notes of its scores: where they were frozen, and what is to be warned of.
 
     A second pass over the same inputs can replay them, so that both passes evaluate the very same
     linear function. That is how the constant term of a score is measured.
 
     Attributes:
         points: Embeddings ``[B, D]``, detached, in the order in which they were scored.
+        freeze: Whether scores are frozen, or only noted.
         contrasted: Whether any of the scores had a contrast set.
+        zero: ``[B]`` for every score without regard to length: which embeddings are all zero.
     """
 
     points: list[Tensor] = field(default_factory=list)
+    freeze: bool = True
     contrasted: bool = False
+    zero: list[Tensor] = field(default_factory=list)
     _replay: Iterator[Tensor] | None = None
 
     def at(self, embeddings: Tensor) -> Tensor:
@@ -97,7 +101,7 @@ def score(
 ) -> Tensor:
     """Score embeddings against references; larger means more alike.
 
-    Half-precision embeddings are compared in float32.
+    Half-precision embeddings are compared in float32. Under cosine an embedding of zeros scores 0.
 
     Args:
         similarity: A name or a :class:`~fam_plugins.Similarity`.
@@ -110,8 +114,7 @@ def score(
         Scores ``[B, N]``.
 
     Raises:
-        ValueError: If widths differ, a value is NaN or infinite, or an embedding is zero under
-            cosine.
+        ValueError: If widths differ, or a value is NaN or infinite, also in the result.
 
     Example:
         >>> z = torch.tensor([[1.0, 0.0]])
@@ -124,13 +127,13 @@ def score(
     frozen = ACTIVE.get()
     given = torch.promote_types(embeddings.dtype, references.dtype)
     wide = torch.promote_types(given, torch.float32)
-    # Replays look at the constant term, where the embedding is legitimately zero.
-    allow_zero = not chosen.scale_free or (frozen is not None and frozen.replaying)
-    check_embeddings(embeddings, width=references.shape[1], allow_zero=allow_zero)
+    check_embeddings(embeddings, width=references.shape[1])
     with full_precision(embeddings.device):
         embeddings = embeddings.to(wide)
         compare: Callable[[Tensor, Tensor], Tensor] = chosen.compare
-        if frozen is not None:
+        if frozen is not None and chosen.scale_free and not frozen.replaying:
+            frozen.zero.append((embeddings.detach() == 0).all(dim=1))
+        if frozen is not None and frozen.freeze:
             compare = partial(chosen.frozen, point=frozen.at(embeddings))
         scores = compare(embeddings, references.to(wide))
         if isinstance(contrast, Tensor):
@@ -138,7 +141,13 @@ def score(
             scores = _less(scores, against)
         elif contrast is not None:
             scores = subtract_others(scores)
-    return scores.to(given)
+    narrow = scores.to(given)
+    if given == torch.float16 and not torch.isfinite(narrow).all():
+        raise ValueError(
+            f"scores up to {float(scores.abs().max()):.3g} do not fit into float16: score in "
+            "bfloat16 or float32, or use cosine"
+        )
+    return narrow
 
 
 def subtract_others(scores: Tensor) -> Tensor:
@@ -185,32 +194,19 @@ def embed(encoder: nn.Module, images: Tensor) -> Tensor:
 
 
 def check_embeddings(
-    embeddings: Tensor,
-    *,
-    width: int | None = None,
-    allow_zero: bool = True,
-    what: str = "embedding",
+    embeddings: Tensor, *, width: int | None = None, what: str = "embedding"
 ) -> None:
-    """Refuse embeddings ``[B, D]`` of another width, not finite, or of no direction."""
+    """Refuse embeddings ``[B, D]`` of another width, or not finite."""
     if width is not None and embeddings.shape[1] != width:
         raise ValueError(
             f"the {what} has {embeddings.shape[1]} values and the references have {width}: "
             "embed the references with the same encoder"
         )
-    with torch.no_grad():
-        length = torch.linalg.vector_norm(embeddings, ord=float("inf"), dim=1)
-        bad = ~torch.isfinite(length) if allow_zero else ~(torch.isfinite(length) & (length > 0))
-        if not bad.any():
-            return
-        rows = bad.nonzero().flatten().tolist()
-        not_finite = not torch.isfinite(length[bad]).all()
-    shown = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
-    if not_finite:
+    finite = torch.isfinite(embeddings.detach()).all(dim=1)
+    if not finite.all():
+        rows = (~finite).nonzero().flatten().tolist()
+        shown = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
         raise ValueError(
             f"{what} row {shown} holds NaN or infinite values: check the images, the weights, "
             "and for float16 the range"
         )
-    raise ValueError(
-        f"{what} row {shown} is all zero, so it has no direction and no cosine: drop it, or use "
-        'similarity="dot" or "sqeuclidean"'
-    )

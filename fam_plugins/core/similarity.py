@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fam_plugins.core.messages import unknown_name
@@ -30,8 +29,9 @@ class Similarity:
             its normaliser held constant at the embeddings ``frozen_at`` ``[B, D]``; linear in the
             first argument, and zero for zeros. ``None`` if there is no such form: then maps
             follow the true gradient and are first-order statements.
-        scale_free: Whether the length of an embedding does not matter. A zero embedding then has
-            no score, and supports are L2-normalised before they are averaged.
+        scale_free: Whether the length of an embedding does not matter: a zero embedding, which
+            has no direction, then scores 0, and supports are L2-normalised before they are
+            averaged.
         by_reference: Whether each reference is scored apart from the others, so that a few of
             them can be scored alone.
 
@@ -56,14 +56,18 @@ class Similarity:
         return value + self.linear(embeddings - point, references, point)
 
 
-def unit_length(vectors: Tensor) -> Tensor:
-    """Divide every row ``[B, D]`` by its L2 norm, however small that is."""
-    return F.normalize(vectors, dim=1, eps=torch.finfo(vectors.dtype).tiny)
+def unit_length(vectors: Tensor, at: Tensor | None = None) -> Tensor:
+    """Divide every row ``[B, D]`` by its L2 norm (that of ``at``), however small or large it is.
 
-
-def _norm(vectors: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
-    return norm
+    A row of zeros stays zero, with a gradient of zero.
+    """
+    at = vectors if at is None else at
+    # By the largest value first: squares of float32 leave its range beyond 1e-22 and 1e19.
+    largest = at.detach().abs().amax(dim=1, keepdim=True)
+    some = largest > 0
+    scale = torch.where(some, largest, torch.ones_like(largest))
+    length = torch.linalg.vector_norm(at / scale, dim=1, keepdim=True)
+    return vectors / scale / torch.where(some, length, scale) * some
 
 
 def _distance(embeddings: Tensor, references: Tensor) -> Tensor:
@@ -77,7 +81,7 @@ def _cosine(embeddings: Tensor, references: Tensor) -> Tensor:
 
 
 def _cosine_linear(embeddings: Tensor, references: Tensor, frozen_at: Tensor) -> Tensor:
-    return (embeddings / _norm(frozen_at)) @ unit_length(references).T
+    return unit_length(embeddings, frozen_at) @ unit_length(references).T
 
 
 def _dot(embeddings: Tensor, references: Tensor) -> Tensor:
@@ -192,9 +196,10 @@ class _OnUnitLength:
 
     def linear(self, embeddings: Tensor, references: Tensor, frozen_at: Tensor) -> Tensor:
         assert self.inner.linear is not None  # on_unit_length is called with named ones
-        length = _norm(frozen_at)
         return self.inner.linear(
-            embeddings / length, self._references(references), frozen_at / length
+            unit_length(embeddings, frozen_at),
+            self._references(references),
+            unit_length(frozen_at),
         )
 
     def _references(self, references: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ class SimilarityModel(nn.Module):
     Raises:
         TypeError: If the encoder is no module or returns no tensor, or references no tensor.
         ValueError: On an unknown similarity, references that are empty, one-dimensional, not
-            finite, zero (cosine) or of another width than the contrast.
+            finite or of another width than the contrast.
 
     Example:
         >>> import torch
@@ -87,12 +87,11 @@ class SimilarityModel(nn.Module):
                 "a memory-mapped gallery is scored in parts, which a function of your own may "
                 "not allow: choose a named similarity or a distance of pytorch-metric-learning"
             )
-        allow_zero = not chosen.scale_free
         rows: Tensor | Gallery
         if is_on_disk(references):
-            rows = Gallery(references, allow_zero=allow_zero)
+            rows = Gallery(references)
         else:
-            rows = embed_once(encoder, references, "references", chunk_size, allow_zero=allow_zero)
+            rows = embed_once(encoder, references, "references", chunk_size)
         against = None
         if isinstance(contrast, str):
             if len(rows) < 2:
@@ -106,7 +105,6 @@ class SimilarityModel(nn.Module):
                 contrast,
                 "contrast",
                 chunk_size,
-                allow_zero=allow_zero,
                 width=rows.shape[1],
             )
         self.encoder = encoder
@@ -201,8 +199,7 @@ class SimilarityModel(nn.Module):
             ``[B, n]``.
 
         Raises:
-            ValueError: If the embeddings have another width than the references, are not finite,
-                or zero under cosine.
+            ValueError: If the embeddings have another width than the references, are not finite.
 
         Example:
             >>> import torch
@@ -235,8 +232,7 @@ class SimilarityModel(nn.Module):
 
         Raises:
             TypeError: If the encoder returns no tensor.
-            ValueError: If embeddings have another width than the references, are not finite, or
-                zero under cosine.
+            ValueError: If embeddings have another width than the references, are not finite.
         """
         return self.score(self.embed(images))
 

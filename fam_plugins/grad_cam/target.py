@@ -28,8 +28,8 @@ class SimilarityTarget:
 
     Raises:
         TypeError: If ``similarity`` is of no such kind.
-        ValueError: On an unknown similarity, or embeddings that are not finite, zero (cosine), or
-            of another shape.
+        ValueError: On an unknown similarity, or embeddings that are not finite or of
+            another shape.
 
     Example:
         >>> target = SimilarityTarget(torch.tensor([1.0, 0.0]))
@@ -47,15 +47,14 @@ class SimilarityTarget:
     ) -> None:
         self._similarity = as_similarity(similarity)
         self.similarity = self._similarity.name
-        allow_zero = not self._similarity.scale_free
-        self.reference = _rows(reference, "reference", allow_zero)
+        self.reference = _rows(reference, "reference")
         if len(self.reference) != 1:
             raise ValueError(
                 f"reference has shape {tuple(reference.shape)}: pass one embedding [D]; average "
                 "several shots with fam_plugins.prototypes first"
             )
         width = self.reference.shape[1]
-        self.contrast = None if contrast is None else _rows(contrast, "contrast", allow_zero, width)
+        self.contrast = None if contrast is None else _rows(contrast, "contrast", width)
 
     def __call__(self, model_output: Tensor) -> Tensor:
         """Score one embedding ``[D]`` -> scalar, or a batch ``[B, D]`` -> ``[B]``.
@@ -81,7 +80,7 @@ class SimilarityTarget:
         return scores[0] if model_output.dim() == 1 else scores
 
 
-def _rows(embeddings: Any, what: str, allow_zero: bool, width: int | None = None) -> Tensor:
+def _rows(embeddings: Any, what: str, width: int | None = None) -> Tensor:
     """Embeddings ``[D]`` or ``[M, D]``, copied, as ``[M, D]``."""
     with torch.inference_mode(False):
         rows = torch.as_tensor(embeddings).detach().clone()
@@ -92,5 +91,5 @@ def _rows(embeddings: Any, what: str, allow_zero: bool, width: int | None = None
             f"{what} has shape {tuple(rows.shape)}: pass embeddings [D] or [M, D]; embed images "
             "with the encoder first"
         )
-    check_embeddings(rows, width=width, allow_zero=allow_zero, what=what)
+    check_embeddings(rows, width=width, what=what)
     return rows

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+
 import numpy as np
 import pytest
 import torch
@@ -204,3 +206,73 @@ def test_many_references_for_pytorch_grad_cam():
 def test_nan_is_refused():
     with pytest.raises(ValueError, match="the map holds NaN"):
         check_finite(torch.tensor([1.0, float("nan")]))
+
+
+class TestZeroEmbedding:
+    """A black image through an encoder without biases: nothing to explain, and nothing to crash."""
+
+    images = torch.cat([IMAGES, 0 * IMAGES[:1]])
+
+    def model(self) -> SimilarityModel:
+        net = encoder()
+        net.conv.bias = net.features.bias = None
+        net.norm = nn.Identity()
+        return SimilarityModel(net, ROWS)
+
+    def test_is_scored_zero(self):
+        scores = self.model()(self.images)
+        assert scores[3].eq(0).all()
+        torch.testing.assert_close(scores[:3], self.model()(IMAGES))
+
+    @pytest.mark.parametrize("rule", RULES)
+    @pytest.mark.parametrize("layer", ["last", "features"])
+    def test_has_a_map_of_zeros_and_a_warning_that_names_the_row(self, rule, layer):
+        model = self.model()
+        for explain in (
+            lambda: LayerFam(model, layer, rule=rule).attribute(self.images, 1),
+            lambda: LayerFam(model, layer, rule=rule).attribute_references(self.images)[:, 1],
+            lambda: self.fam(model, layer, rule),
+            lambda: (
+                explain_pair(
+                    model.encoder, layer, self.images, self.images.roll(1, 0), rule=rule
+                ).map_a
+            ),
+        ):
+            with pytest.warns(UserWarning, match="embedding row 3 is all zero") as caught:
+                maps = explain()
+            assert caught[0].filename == __file__
+            assert maps[3].eq(0).all()
+            assert maps[1].abs().sum() > 0
+
+    def fam(self, model, layer, rule):
+        cam = FAM(model, [layer], rule=rule)
+        cam(self.images)
+        return cam.attributions[0]
+
+    def test_does_not_warn_where_there_is_none(self, recwarn):
+        LayerFam(self.model(), "last", rule="additive").attribute(IMAGES, 1)
+        assert not recwarn
+
+
+def test_a_namedtuple_stays_one():
+    Pair = collections.namedtuple("Pair", "map aux")
+
+    class Named(nn.Module):
+        def forward(self, maps):
+            return Pair(maps, maps.sum())
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.named = Named()
+
+        def forward(self, images):
+            return self.named(images).map.mean(dim=(2, 3))
+
+    maps = LayerFam(
+        SimilarityModel(Net(), torch.eye(3)),
+        "named",
+        rule="additive",
+        reshape_transform=lambda pair: pair[0],
+    ).attribute(IMAGES, 0)
+    assert maps.shape == (3, 1, 8, 10)

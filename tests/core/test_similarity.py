@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -110,12 +111,40 @@ class TestScore:
             score(name, vectors(2), vectors(3, 6))
 
 
-def test_zero_embedding_is_refused_under_cosine_only():
+def test_zero_embeddings_and_references_score_zero_under_cosine():
     zero = torch.zeros(1, 7, dtype=torch.float64)
-    with pytest.raises(ValueError, match='row 0 is all zero.*similarity="dot"'):
-        score("cosine", zero, vectors(2))
-    assert score("dot", zero, vectors(2)).eq(0).all()
+    for frozen in (True, False):
+        z = torch.cat([vectors(2), zero]).requires_grad_()
+        with frozen_scores() if frozen else nullcontext():
+            scores = score("cosine", z, torch.cat([vectors(2), zero]))
+        (grad,) = torch.autograd.grad(scores[:, 0].sum(), z)
+        assert scores[2].eq(0).all()
+        assert scores[:, 2].eq(0).all()
+        assert grad[2].eq(0).all()
+        assert grad[:2].abs().sum() > 0
     assert score("sqeuclidean", zero, vectors(2)).lt(0).all()
+
+
+@pytest.mark.parametrize("length", [1e-30, 1e-22, 1e19, 1e30])
+def test_cosine_is_right_at_any_length_of_float32(length):
+    z, t = vectors(2).float(), vectors(3, seed=1).float()
+    expected = score("cosine", z, t)
+    torch.testing.assert_close(score("cosine", length * z, t), expected)
+    torch.testing.assert_close(score("cosine", z, length * t), expected)
+    far = (length * z).requires_grad_()
+    with frozen_scores():
+        frozen = score("cosine", far, t)
+    torch.testing.assert_close(frozen.detach(), expected)
+    (grad,) = torch.autograd.grad(frozen[:, 1].sum(), far)
+    torch.testing.assert_close((grad * far).sum(1), expected[:, 1])
+
+
+def test_float16_scores_are_finite_or_refused():
+    z = torch.full((1, 2048), 100.0, dtype=torch.float16)
+    assert score("cosine", z, z).item() == 1
+    for name in ("dot", "sqeuclidean"):
+        with pytest.raises(ValueError, match="do not fit into float16: score in bfloat16"):
+            score(name, z, -z)
 
 
 def test_euclidean_gradient_at_distance_zero_is_finite():

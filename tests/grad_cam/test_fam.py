@@ -268,7 +268,6 @@ class TestSimilarityTarget:
         ("reference", "options", "message"),
         [
             (ROWS, {}, "average several shots with fam_plugins.prototypes"),
-            (torch.zeros(6), {}, "all zero"),
             (torch.full((6,), math.nan), {}, "NaN"),
             (torch.ones(0), {}, r"pass embeddings \[D\]"),
             (torch.ones(1, 6, 2, 2), {}, "embed images with the encoder first"),
