@@ -191,7 +191,7 @@ def main():
         log_p, logits = model.both(images)
         predicted = log_p.argmax(1)
         shown = LayerCape(model).attribute(images, target=predicted)
-        maps = model.head.contributions(model.features(images))
+        maps = model.head.probability_maps(model.features(images))
         large = upsample_conserving_mass(maps, (64, 64), mode="bilinear")
     nll = F.nll_loss(log_p, labels).item()
     print(f"test images: accuracy {(log_p.argmax(1) == labels).double().mean():.1%}, NLL {nll:.4f}")

@@ -42,7 +42,7 @@ def test_maps_are_the_heads_and_sum_to_the_probability(model):
     p = model(x).exp()[range(3), [0, 3, 1]]
     torch.testing.assert_close(maps.sum(dim=(1, 2, 3)), p.detach(), rtol=0, atol=1e-12)
     assert delta.abs().max() < 1e-12
-    whole = model.head.contributions(model.features(x))
+    whole = model.head.probability_maps(model.features(x))
     torch.testing.assert_close(maps[:, 0], whole[range(3), [0, 3, 1]].detach())
     total = sum(LayerCape(model).attribute(x, k).sum(dim=(1, 2, 3)) for k in range(5))
     torch.testing.assert_close(total, torch.ones(3).double())
@@ -58,7 +58,7 @@ def test_delta_of_other_maps_is_their_distance(model):
 
 def test_relative_is_mu_cape_and_does_not_add_up(model):
     explainer = LayerCape(model, relative=True)
-    whole = model.head.relative(model.features(IMAGES.double()))
+    whole = model.head.relative_maps(model.features(IMAGES.double()))
     torch.testing.assert_close(explainer.attribute(IMAGES.double(), 2)[:, 0], whole[:, 2].detach())
     assert not explainer.has_convergence_delta()
     with pytest.raises(ValueError, match="does not add up.*relative=False"):
@@ -75,7 +75,7 @@ def test_the_layer_of_grad_cam_code_may_stay(model, layer):
         assert torch.equal(LayerCape(model, given).attribute(IMAGES.double(), 1), expected)
         cam = CAPE(model, None if given is None else [given])
         cam(IMAGES.double(), [ClassifierOutputTarget(1)] * 3)
-        assert torch.equal(cam.probabilities, expected)
+        assert torch.equal(cam.probability_maps, expected)
     by_function = LayerCape(lambda x: model(x), model.head)
     assert torch.equal(by_function.attribute(IMAGES.double(), 1), expected)
     assert torch.equal(LayerCape(model.forward).attribute(IMAGES.double(), 1), expected)
@@ -87,7 +87,7 @@ def test_a_head_in_a_network_of_the_users_own():
     torch.testing.assert_close(maps.sum(dim=(1, 2, 3)), net(IMAGES)[:, 2].exp().detach())
     cam = CAPE(net)
     cam(IMAGES, None)
-    assert cam.probabilities.shape == (3, 1, 6, 8)
+    assert cam.probability_maps.shape == (3, 1, 6, 8)
 
 
 def test_volumes():
@@ -102,18 +102,18 @@ def test_the_probability_map_is_beside_the_stretched_one(model):
         assert result.min() == 0
         assert result.max(axis=(1, 2)) == pytest.approx(1, abs=1e-5)
         expected = LayerCape(model).attribute(IMAGES.double(), [0, 3, 1])
-        assert torch.equal(cam.probabilities, expected)
+        assert torch.equal(cam.probability_maps, expected)
         assert torch.equal(cam.outputs, model(IMAGES.double()).detach())
         cam(IMAGES.double(), None)
         top = model(IMAGES.double()).argmax(dim=1).tolist()
-        assert torch.equal(cam.probabilities, LayerCape(model).attribute(IMAGES.double(), top))
+        assert torch.equal(cam.probability_maps, LayerCape(model).attribute(IMAGES.double(), top))
         cam(IMAGES.double(), [ClassifierOutputSoftmaxTarget(1)] * 3)
-        assert torch.equal(cam.probabilities, LayerCape(model).attribute(IMAGES.double(), 1))
+        assert torch.equal(cam.probability_maps, LayerCape(model).attribute(IMAGES.double(), 1))
         cam(IMAGES.double(), TARGETS, aug_smooth=True)
-        assert cam.probabilities is None
+        assert cam.probability_maps is None
     relative = CAPE(model, relative=True)
     relative(IMAGES.double(), TARGETS)
-    assert relative.probabilities is None
+    assert relative.probability_maps is None
     assert relative.attributions is not None
 
 

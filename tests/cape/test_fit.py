@@ -100,16 +100,16 @@ def test_a_resumed_fit_equals_an_uninterrupted_one(network, batches, tmp_path, c
     whole, parts = copy.deepcopy(start), copy.deepcopy(start)
     expected = fit_cape_head(whole, batches, epochs=5, **settings)
     path = tmp_path / "head.pt"
-    fit_cape_head(parts, batches, epochs=2, path=path, **settings)
+    fit_cape_head(parts, batches, epochs=2, checkpoint=path, **settings)
     continued = with_cape_head(network)  # as after a restart
-    history = fit_cape_head(continued, batches, epochs=5, path=path, **settings)
+    history = fit_cape_head(continued, batches, epochs=5, checkpoint=path, **settings)
     assert history == expected
     for ours, other in zip(continued.head.parameters(), whole.head.parameters(), strict=True):
         assert torch.equal(ours, other)
     assert [p.name for p in tmp_path.iterdir()] == ["head.pt"]
     # Finished: nothing left to do, the head comes from the file.
     again = with_cape_head(network)
-    assert fit_cape_head(again, batches, epochs=5, path=path, **settings) == expected
+    assert fit_cape_head(again, batches, epochs=5, checkpoint=path, **settings) == expected
     assert torch.equal(again.head.weight, whole.head.weight)
 
 
@@ -172,12 +172,12 @@ def test_ctrl_c_leaves_a_usable_head(model, batches, tmp_path):
     path = tmp_path / "head.pt"
     loader = StopsAt(batches, 3, KeyboardInterrupt())
     with pytest.warns(UserWarning, match="stopped after 2 of 9 epochs"):
-        history = fit_cape_head(model, loader, epochs=9, lr=0.05, path=path, **QUIET)
+        history = fit_cape_head(model, loader, epochs=9, lr=0.05, checkpoint=path, **QUIET)
     assert history.interrupted
     assert len(history.loss) == 2
     assert torch.isfinite(model(batches[0][0])).all()
     assert all(module.training for module in model.modules())
-    history = fit_cape_head(model, batches, epochs=3, lr=0.05, path=path, **QUIET)
+    history = fit_cape_head(model, batches, epochs=3, lr=0.05, checkpoint=path, **QUIET)
     assert len(history.loss) == 3
     assert not history.interrupted
 
@@ -200,7 +200,7 @@ def test_a_diverging_fit_is_stopped(model, batches):
 
 def test_a_failed_write_leaves_the_old_checkpoint(model, batches, tmp_path, monkeypatch):
     path = tmp_path / "head.pt"
-    fit_cape_head(model, batches, epochs=1, path=path, **QUIET)
+    fit_cape_head(model, batches, epochs=1, checkpoint=path, **QUIET)
     before = path.read_bytes()
     real = torch.save
 
@@ -210,7 +210,7 @@ def test_a_failed_write_leaves_the_old_checkpoint(model, batches, tmp_path, monk
 
     monkeypatch.setattr(torch, "save", full_disk)
     with pytest.raises(OSError, match="no space"):
-        fit_cape_head(model, batches, epochs=2, path=path, **QUIET)
+        fit_cape_head(model, batches, epochs=2, checkpoint=path, **QUIET)
     monkeypatch.setattr(torch, "save", real)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["head.pt"]
@@ -218,20 +218,20 @@ def test_a_failed_write_leaves_the_old_checkpoint(model, batches, tmp_path, monk
 
 def write_other_class_count(path, model, batches):
     other = with_cape_head(small_network(classes=4))
-    fit_cape_head(other, batches, epochs=1, path=path, **QUIET)
+    fit_cape_head(other, batches, epochs=1, checkpoint=path, **QUIET)
 
 
 def write_other_classifier(path, model, batches):
-    fit_cape_head(with_cape_head(small_network()), batches, epochs=1, path=path, **QUIET)
+    fit_cape_head(with_cape_head(small_network()), batches, epochs=1, checkpoint=path, **QUIET)
 
 
 def write_half(path, model, batches):
-    fit_cape_head(copy.deepcopy(model), batches, epochs=1, path=path, **QUIET)
+    fit_cape_head(copy.deepcopy(model), batches, epochs=1, checkpoint=path, **QUIET)
     path.write_bytes(path.read_bytes()[:700])
 
 
 def write_other_settings(path, model, batches):
-    fit_cape_head(copy.deepcopy(model), batches, epochs=1, lr=0.5, path=path, **QUIET)
+    fit_cape_head(copy.deepcopy(model), batches, epochs=1, lr=0.5, checkpoint=path, **QUIET)
 
 
 class Malicious:
@@ -245,7 +245,7 @@ class Malicious:
         (write_other_class_count, r"head of another size: weight is \(4, 8\) there, \(3, 8\) here"),
         (write_other_classifier, "another classifier's weights"),
         (write_half, "half-written"),
-        (write_other_settings, r"lr=0\.5"),
+        (write_other_settings, r"written with lr=0\.5 \(use the same settings"),
         (lambda path, *_: path.write_bytes(b""), "half-written"),
         (lambda path, *_: path.write_text("hello"), "half-written"),
         (lambda path, *_: torch.save(Malicious(), path), "cannot be read"),
@@ -259,7 +259,7 @@ def test_foreign_and_damaged_checkpoints_are_refused(model, batches, tmp_path, w
     content = path.read_bytes()
     state = state_of(model)
     with pytest.raises(ValueError, match=message) as caught:
-        fit_cape_head(model, batches, epochs=3, path=path, **QUIET)
+        fit_cape_head(model, batches, epochs=3, checkpoint=path, **QUIET)
     assert "another path" in str(caught.value)
     assert_unchanged(model, state)
     assert path.read_bytes() == content
@@ -269,7 +269,7 @@ def test_foreign_and_damaged_checkpoints_are_refused(model, batches, tmp_path, w
 def test_paths_that_cannot_be_written_are_refused_before_work(model, batches, tmp_path):
     for path, message in ((tmp_path, "is a folder"), (tmp_path / "no" / "x.pt", "create it")):
         with pytest.raises(ValueError, match=message):
-            fit_cape_head(model, batches, epochs=1, path=path, **QUIET)
+            fit_cape_head(model, batches, epochs=1, checkpoint=path, **QUIET)
 
 
 images = torch.randn(4, 1, 6, 6)
@@ -317,15 +317,15 @@ def test_an_iterator_is_refused_before_its_first_epoch(model, batches):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"epochs": 0}, "epochs is 0"),
+        ({"epochs": 0}, "epochs must be a whole number, at least 1, not 0"),
         ({"epochs": 1.5}, "whole number"),
-        ({"lr": 0.0}, "lr is"),
-        ({"lr": float("nan")}, "lr is"),
-        ({"momentum": 1.0}, "momentum"),
-        ({"weight_decay": -1.0}, "weight_decay"),
-        ({"step_size": 0}, "step_size"),
-        ({"gamma": 0.0}, "gamma"),
-        ({"temperature": 0.0}, "temperature"),
+        ({"lr": 0.0}, r"lr must be above 0, not 0\.0"),
+        ({"lr": float("nan")}, "lr must be above 0, not nan"),
+        ({"momentum": 1.0}, r"momentum must be in \[0, 1\)"),
+        ({"weight_decay": -1.0}, "weight_decay must be at least 0"),
+        ({"step_size": 0}, "step_size must be a whole number"),
+        ({"gamma": 0.0}, r"gamma must be in \(0, 1\]"),
+        ({"temperature": 0.0}, "temperature must be above 0"),
     ],
 )
 def test_bad_settings_are_refused(model, batches, setting, message):

@@ -144,7 +144,7 @@ def test_volumes_fit_too():
     network.append(nn.Linear(6, 4))
     images = torch.randn(2, 1, 8, 9, 10)
     model = with_cape_head(network, example_input=images)
-    assert model.head.contributions(model.features(images)).shape == (2, 4, 3, 4, 4)
+    assert model.head.probability_maps(model.features(images)).shape == (2, 4, 3, 4, 4)
 
 
 def test_one_pass_serves_both_heads(network):
@@ -256,7 +256,7 @@ def test_bad_arguments_are_refused(network):
     cases = [
         ((torch.relu,), {}, TypeError, "nn.Module"),
         ((with_cape_head(network),), {}, TypeError, "already has"),
-        ((network, "layer4"), {}, ValueError, "closest"),
+        ((network, "layer4"), {}, ValueError, "unknown layer 'layer4'.*There are '0', '1'"),
         ((network, other[2]), {}, ValueError, "not part of this Sequential"),
         ((network, "0"), {}, ValueError, "mean of layer '0' over regions is not the input"),
         ((network, None, "0"), {}, TypeError, "nn.Linear"),
