@@ -106,9 +106,10 @@ def _classifier_call(
     last = next((c for c in reversed(linears) if c.linear[1].shape == output.shape), None)
     # Equality, not closeness: nothing may stand between the classifier and the output.
     if last is None or not torch.equal(last.linear[1], output):
+        what = f"{name!r} does not compute" if name else "no nn.Linear computes"
         raise ValueError(
-            f"{kind} does not fit CAPE: {name or 'no nn.Linear'} does not compute its output. CAPE "
-            "needs pooling and one nn.Linear that returns the logits (remove a softmax at the end)"
+            f"{kind} does not fit CAPE: {what} its output. CAPE needs pooling followed by one "
+            "nn.Linear that returns the logits (remove a softmax at the end)"
         )
     pooled = last.linear[0]
     if not torch.isfinite(pooled).all() or not pooled.any():
