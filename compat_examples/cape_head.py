@@ -109,7 +109,7 @@ def draw(model, image, label, path):
     figure = plt.figure(figsize=(12.6, 10.2), layout="constrained")
     axes = figure.subplots(3, 4, squeeze=False)
     figure.suptitle(
-        f"A held-out {label}; the vanilla head says {int(vanilla.argmax())}, the CAPE head "
+        f"A held-out {label}; the vanilla head picks {int(vanilla.argmax())}, the CAPE head "
         f"{top[0]}. CAPE's numbers are probabilities, comparable across classes."
     )
     brightest = cape_maps.max().item()

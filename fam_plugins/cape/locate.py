@@ -199,7 +199,7 @@ def _made_up_input(model: nn.Module) -> Tensor:
     """Two noise images of the size that the model asks for, from a generator of their own."""
     convolution = next((m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d))), None)
     if convolution is None:
-        raise ValueError("no convolution found that tells the input: pass example_input=images")
+        raise ValueError("no convolution found to size the input: pass example_input=images")
     if isinstance(convolution, nn.Conv3d):
         size: tuple[int, ...] = (16, 112, 112)
     elif isinstance(config := getattr(model, "default_cfg", None), dict) and "input_size" in config:
