@@ -109,7 +109,7 @@ def draw(model, image, label, path):
     figure = plt.figure(figsize=(12.6, 10.2), layout="constrained")
     axes = figure.subplots(3, 4, squeeze=False)
     figure.suptitle(
-        f"A held-out {label}; the vanilla head says {int(vanilla.argmax())}, the CAPE head "
+        f"A held-out {label}; the vanilla head picks {int(vanilla.argmax())}, the CAPE head "
         f"{top[0]}. CAPE's numbers are probabilities, comparable across classes."
     )
     brightest = cape_maps.max().item()
@@ -191,7 +191,7 @@ def main():
         log_p, logits = model.both(images)
         predicted = log_p.argmax(1)
         shown = LayerCape(model).attribute(images, target=predicted)
-        maps = model.head.contributions(model.features(images))
+        maps = model.head.probability_maps(model.features(images))
         large = upsample_conserving_mass(maps, (64, 64), mode="bilinear")
     nll = F.nll_loss(log_p, labels).item()
     print(f"test images: accuracy {(log_p.argmax(1) == labels).double().mean():.1%}, NLL {nll:.4f}")

@@ -1,9 +1,9 @@
-"""Make the CAPE head's probabilities mean what they say: one number, fitted on held-out labels."""
+"""Fit the sharpness of the CAPE head's probabilities: one number, on held-out labels."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,14 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fam_plugins.cape.batches import checked_batches, computed_features
-from fam_plugins.cape.head import CapeHead
-from fam_plugins.cape.model import CapeModel
+from fam_plugins.cape.batches import feature_batches
+from fam_plugins.cape.head import CapeHead, classify_regions, log_probabilities
+from fam_plugins.cape.loss import check_labels
+from fam_plugins.cape.model import CapeModel, require_cape_model
 from fam_plugins.core.eval_mode import eval_mode
 
 __all__ = ["Calibration", "calibrate_temperature"]
-
-_GOLDEN = (5**0.5 - 1) / 2
 
 
 @dataclass(frozen=True)
@@ -29,14 +28,11 @@ class Calibration:
     error of the top class in 15 equal bins of confidence (Guo et al., ICML 2017), in [0, 1].
 
     Attributes:
-        shift: what was added to t1 and t2 and taken from t3; negative sharpens.
-        images: number of held-out images.
-        nll_before: NLL of the CAPE head before.
-        nll_after: NLL of the CAPE head after; never above ``nll_before``.
-        nll_vanilla: NLL of the model's own classifier.
-        ece_before: ECE of the CAPE head before.
-        ece_after: ECE of the CAPE head after.
-        ece_vanilla: ECE of the model's own classifier.
+        shift: What was added to t1 and t2 and taken from t3; negative sharpens.
+        images: Number of held-out images.
+        nll_before, nll_after, nll_vanilla: NLL of the CAPE head before and after (never above),
+            and of the model's own classifier.
+        ece_before, ece_after, ece_vanilla: The same of the ECE.
     """
 
     shift: float
@@ -60,10 +56,7 @@ class Calibration:
 
 
 def calibrate_temperature(
-    model: CapeModel,
-    loader: Iterable[Any],
-    *,
-    bounds: tuple[float, float] = (-5.0, 5.0),
+    model: CapeModel, loader: Iterable[Any], *, bounds: tuple[float, float] = (-5.0, 5.0)
 ) -> Calibration:
     """Choose how sharp the CAPE head's probabilities are, by held-out likelihood.
 
@@ -72,141 +65,102 @@ def calibrate_temperature(
     ``(t1 + d, t2 + d, t3 - d)``, which leaves that loss as it is, to the ``d`` with the least
     negative log-likelihood. Both softmaxes change, so the top class may change too.
 
-    The features of the held-out images are kept in host memory meanwhile; a few thousand images
-    are plenty for one number.
-
-    Source: our own addition, in the spirit of temperature scaling (Guo et al., ICML 2017).
+    Host memory holds the class logits of all regions meanwhile (images · K · h · w numbers); a few
+    thousand images are plenty for one number. Source: our own addition, in the spirit of
+    temperature scaling (Guo et al., ICML 2017).
 
     Args:
-        model: a model with a fitted head; t1, t2, t3 of the head are changed in place.
-        loader: yields ``(images, labels)``, held out from fitting, preprocessed as the model
+        model: A model with a fitted head; t1, t2, t3 of the head are changed in place.
+        loader: Yields ``(images, labels)``, held out from fitting, preprocessed as the model
             expects; labels are class indices ``[B]``.
-        bounds: range of ``d`` to search, around 0.
+        bounds: Range of ``d`` to search, around 0; a best shift at its end is warned of.
 
     Returns:
         NLL and ECE before and after, and of the model's own classifier.
 
     Raises:
-        TypeError: ``model`` has no CAPE head, or the loader yields something other than tensors.
-        ValueError: an empty loader, wrong shapes, NaN images, labels missing or out of range,
-            bounds that do not enclose 0. The head is unchanged then.
+        TypeError: If ``model`` has no CAPE head, or the loader yields something else than tensors.
+        ValueError: If the loader is empty, images or labels do not fit, or bounds do not enclose
+            0. The head is unchanged then.
 
     Example:
-        >>> import torch
         >>> from torch import nn
-        >>> from fam_plugins.cape import calibrate_temperature, with_cape_head
-        >>> net = nn.Sequential(
-        ...     nn.Conv2d(1, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
-        ...     nn.Flatten(), nn.Linear(8, 3),
-        ... )
-        >>> model = with_cape_head(net)  # then fit_cape_head(model, train_loader)
+        >>> from fam_plugins.cape import with_cape_head
+        >>> net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        >>> model = with_cape_head(net.append(nn.Linear(8, 3)))  # then fit_cape_head
         >>> held_out = [(torch.randn(6, 1, 8, 8), torch.tensor([0, 1, 2, 0, 1, 2]))]
         >>> report = calibrate_temperature(model, held_out)
         >>> report.nll_after <= report.nll_before
         True
     """
-    if not isinstance(model, CapeModel):
-        raise TypeError(
-            f"model is a {type(model).__name__}: pass what with_cape_head(model) returned"
-        )
+    require_cape_model(model)
     low, high = bounds
     if not -50 <= low < 0 < high <= 50:
-        raise ValueError(f"bounds are {bounds}: use (low, high) around 0, within ±50")
+        raise ValueError(f"bounds must be (low, high) around 0, within ±50, not {bounds}")
     head = model.head
-    batches: list[Tensor] = []
-    answered: list[Tensor] = []
-    vanilla: list[Tensor] = []
+    regions, vanilla, answers = [], [], []
     with eval_mode(model), torch.no_grad():
-        for images, labels in checked_batches(loader, model, labelled=True):
-            assert labels is not None  # labelled=True
-            features, logits = computed_features(model, images)
-            batches.append(features.cpu())
-            answered.append(labels.cpu())
+        for features, logits, rest in feature_batches(loader, model):
+            if not rest or not isinstance(rest[0], Tensor):
+                raise ValueError("a batch has no tensor of labels: yield (images, labels)")
+            check_labels(rest[0], images=len(logits), classes=head.num_classes)
+            regions.append(classify_regions(head, features).cpu())
             vanilla.append(F.log_softmax(logits.cpu().double(), dim=1))
-        answers = torch.cat(answered)
-        before = _log_probs(head, batches, 0.0)
-        shift = _best_shift(head, batches, answers, low, high)
-        _apply(head, shift)
-        after = _log_probs(head, batches, 0.0)
-        own = torch.cat(vanilla)
-    return Calibration(
-        shift=shift,
-        images=len(answers),
-        nll_before=_nll(before, answers),
-        nll_after=_nll(after, answers),
-        nll_vanilla=_nll(own, answers),
-        ece_before=_ece(before, answers),
-        ece_after=_ece(after, answers),
-        ece_vanilla=_ece(own, answers),
-    )
+            answers.append(rest[0].cpu().long())
+        labels = torch.cat(answers)
+        before = _log_probs(head, regions)
+        shift = _best_shift(
+            lambda d: float(F.nll_loss(_log_probs(head, regions, d), labels)), low, high
+        )
+        head.t1.add_(shift)
+        head.t2.add_(shift)
+        head.t3.sub_(shift)
+        scored = (before, _log_probs(head, regions), torch.cat(vanilla))
+    values = (float(measure(p, labels)) for measure in (F.nll_loss, _ece) for p in scored)
+    return Calibration(shift, len(labels), *values)
 
 
-def _apply(head: CapeHead, shift: float) -> None:
-    head.t1.add_(shift)
-    head.t2.add_(shift)
-    head.t3.sub_(shift)
-
-
-def _log_probs(head: CapeHead, batches: list[Tensor], shift: float) -> Tensor:
-    """Log-probabilities ``[M, K]``, float64 on the CPU, as with t1 and t2 shifted."""
-    state = {"t1": head.t1 + shift, "t2": head.t2 + shift}
-    device = head.weight.device
-    parts = [torch.func.functional_call(head, state, (f.to(device),)) for f in batches]
+def _log_probs(head: CapeHead, regions: list[Tensor], shift: float = 0.0) -> Tensor:
+    """Log-probabilities ``[M, K]``, float64 on the CPU, with t1 and t2 shifted."""
+    t1, t2 = head.t1 + shift, head.t2 + shift
+    parts = (log_probabilities(logits.to(t1.device), t1, t2) for logits in regions)
     return torch.cat([part.cpu().double() for part in parts])
 
 
-def _best_shift(
-    head: CapeHead,
-    batches: list[Tensor],
-    answers: Tensor,
-    low: float,
-    high: float,
-) -> float:
-    """The shift with the least NLL: a coarse grid, then golden-section search around its best.
-
-    The NLL of a mixture need not have a single valley, hence the grid first.
-    """
-
-    def nll(shift: float) -> float:
-        return _nll(_log_probs(head, batches, shift), answers)
-
-    steps = 20
-    grid = sorted({0.0, *(low + (high - low) * i / steps for i in range(steps + 1))})
-    values = [nll(shift) for shift in grid]
-    best = min(range(len(grid)), key=values.__getitem__)
+def _best_shift(nll: Callable[[float], float], low: float, high: float) -> float:
+    """The shift with the least NLL: golden-section search around the best of a coarse grid."""
+    # The NLL of a mixture need not have a single valley, hence the grid first.
+    grid = sorted({0.0, *(low + (high - low) * i / 20 for i in range(21))})
+    tried = {shift: nll(shift) for shift in grid}
+    best = grid.index(min(tried, key=tried.__getitem__))
     left, right = grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]
-    tried = dict(zip(grid, values, strict=True))
-    inner, outer = right - _GOLDEN * (right - left), left + _GOLDEN * (right - left)
-    tried[inner], tried[outer] = nll(inner), nll(outer)
+    golden = (5**0.5 - 1) / 2
+    inner, outer = right - golden * (right - left), left + golden * (right - left)
     while right - left > 1e-4:
+        for shift in {inner, outer} - set(tried):
+            tried[shift] = nll(shift)
         if tried[inner] <= tried[outer]:
             right, outer = outer, inner
-            inner = right - _GOLDEN * (right - left)
-            tried[inner] = nll(inner)
+            inner = right - golden * (right - left)
         else:
             left, inner = inner, outer
-            outer = left + _GOLDEN * (right - left)
-            tried[outer] = nll(outer)
+            outer = left + golden * (right - left)
     # Everything tried competes, 0 included, so the NLL cannot rise.
     shift = min(tried, key=tried.__getitem__)
     if min(shift - low, high - shift) < 1e-3:
         warnings.warn(
-            f"the best temperature shift, {shift:+.3f}, lies at the bound of the search: the "
-            "held-out images are too few or too easy to calibrate on, or bounds is too narrow",
+            f"the best temperature shift, {shift:+.3f}, lies at the bound of the search: too few "
+            "or too easy held-out images to calibrate on, or bounds is too narrow",
             stacklevel=3,
         )
     return shift
 
 
-def _nll(log_probs: Tensor, labels: Tensor) -> float:
-    return float(F.nll_loss(log_probs, labels))
-
-
-def _ece(log_probs: Tensor, labels: Tensor, bins: int = 15) -> float:
+def _ece(log_probs: Tensor, labels: Tensor, bins: int = 15) -> Tensor:
+    """Expected calibration error of log-probabilities ``[M, K]``."""
     confidence, top = log_probs.exp().max(dim=1)
     correct = (top == labels).double()
     index = (confidence * bins).long().clamp(max=bins - 1)
-    zeros = confidence.new_zeros(bins)
     # |sum of (accuracy - confidence)| per bin is the bin's gap times its size.
-    gap = zeros.index_add(0, index, correct - confidence)
-    return float(gap.abs().sum() / len(labels))
+    gap = confidence.new_zeros(bins).index_add(0, index, correct - confidence)
+    return gap.abs().sum() / len(labels)

@@ -11,92 +11,70 @@ from typing import Any
 import torch
 from torch import nn
 
-from fam_plugins.cape.head import CapeHead
+from fam_plugins.cape.model import CapeModel
 
-__all__ = ["fingerprint", "load_progress", "prepare_path", "save_progress"]
+__all__ = ["Checkpoint"]
 
 _FORMAT = "fam_plugins.cape.fit_cape_head/1"
 
 
-def fingerprint(linear: nn.Linear) -> str:
-    """Identify the classifier a head learns from, so that progress is not taken for another's."""
+class Checkpoint:
+    """The file of one fit, which fits its head, its classifier and its settings only."""
+
+    def __init__(self, path: Path, model: CapeModel, settings: dict[str, float]) -> None:
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder: pass a file, {path / 'cape_head.pt'}")
+        if not path.parent.is_dir():
+            raise ValueError(f"folder {path.parent} does not exist: create it first")
+        self._path, self._head, self._settings = path, model.head, settings
+        self._teacher = _fingerprint(model.classifier)
+
+    def load(self) -> dict[str, Any] | None:
+        """What :meth:`save` wrote, if there is a file; a damaged or foreign one is refused."""
+        if not self._path.exists():
+            return None
+        try:
+            saved = torch.load(self._path, map_location="cpu", weights_only=True)
+        except Exception as error:  # zip, pickle and I/O errors differ between versions of torch
+            raise self._foreign("cannot be read as a checkpoint (half-written?)") from error
+        if not isinstance(saved, dict) or saved.get("format") != _FORMAT:
+            raise self._foreign("was not written by fit_cape_head")
+        for name, tensor in self._head.state_dict().items():
+            there = tuple(saved["head"][name].shape) if name in saved["head"] else "missing"
+            if there != tuple(tensor.shape):
+                sizes = f"{name} is {there} there, {tuple(tensor.shape)} here"
+                raise self._foreign(f"holds a head of another size: {sizes}")
+        if saved["teacher"] != self._teacher:
+            raise self._foreign("was fitted to another classifier's weights")
+        was = saved["settings"].items() - self._settings.items()
+        if was:
+            changed = ", ".join(f"{name}={value}" for name, value in sorted(was))
+            raise self._foreign(f"was written with {changed} (use the same settings)")
+        return saved
+
+    def save(self, **progress: Any) -> None:
+        """Write progress in one step: a temporary file is renamed over the old one."""
+        facts = {"format": _FORMAT, "teacher": self._teacher, "settings": self._settings}
+        folder, name = self._path.parent, self._path.name
+        descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=f".{name}.", suffix=".tmp")
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                torch.save({**facts, **progress}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, self._path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+    def _foreign(self, reason: str) -> ValueError:
+        return ValueError(f"{self._path} {reason}: pass another path, or delete it to start anew")
+
+
+def _fingerprint(linear: nn.Linear) -> str:
+    """Hash of the classifier's weights, so that progress is not taken for another's."""
     digest = hashlib.sha256()
     for tensor in linear.state_dict().values():
         # Through bytes: numpy has no bfloat16.
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def prepare_path(path: str | os.PathLike[str]) -> Path:
-    """Refuse a path that could not be written after the first epoch.
-
-    Raises:
-        ValueError: the path is a folder, or its folder does not exist.
-    """
-    target = Path(path)
-    if target.is_dir():
-        raise ValueError(f"{target} is a folder: give a file name, {target / 'cape_head.pt'}")
-    if not target.parent.is_dir():
-        raise ValueError(f"folder {target.parent} does not exist: create it first")
-    return target
-
-
-def save_progress(path: Path, progress: dict[str, Any]) -> None:
-    """Write ``progress`` to ``path`` in one step.
-
-    A temporary file in the same folder is renamed over the old one, so an interruption leaves the
-    previous checkpoint whole and no fragment behind.
-    """
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            torch.save({"format": _FORMAT, **progress}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def load_progress(
-    path: Path, head: CapeHead, *, teacher: str, settings: dict[str, float]
-) -> dict[str, Any]:
-    """Read what :func:`save_progress` wrote, and make sure it continues *this* fit.
-
-    Args:
-        path: the file.
-        head: the head to continue; its sizes must be the file's.
-        teacher: :func:`fingerprint` of the classifier it learns from.
-        settings: the hyper-parameters of this run.
-
-    Returns:
-        The saved progress; nothing has been applied yet.
-
-    Raises:
-        ValueError: the file is damaged, not ours, or from another head, classifier or settings.
-    """
-    other = "pass another path, or delete the file to start anew"
-    try:
-        progress = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # zip, pickle and I/O errors differ between versions of torch
-        raise ValueError(
-            f"{path} cannot be read as a checkpoint (half-written, or not one): {other}"
-        ) from error
-    if not isinstance(progress, dict) or progress.get("format") != _FORMAT:
-        raise ValueError(f"{path} was not written by fit_cape_head: {other}")
-    for name, tensor in head.state_dict().items():
-        saved = progress["head"].get(name)
-        if saved is None or saved.shape != tensor.shape:
-            shape = "nothing" if saved is None else str(tuple(saved.shape))
-            raise ValueError(
-                f"{path} holds a head of another size: {name} is {shape} there, "
-                f"{tuple(tensor.shape)} here; {other}"
-            )
-    if progress["teacher"] != teacher:
-        raise ValueError(f"{path} was fitted to another classifier's weights: {other}")
-    changed = [name for name, value in settings.items() if progress["settings"].get(name) != value]
-    if changed:
-        was = ", ".join(f"{name}={progress['settings'].get(name)}" for name in changed)
-        raise ValueError(f"{path} was written with {was}: use the same settings, or {other}")
-    return dict(progress)

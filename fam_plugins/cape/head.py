@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -11,14 +12,14 @@ from torch import Tensor, nn
 
 from fam_plugins.cape.released import head_state_from_release
 
-__all__ = ["CapeHead", "checked_features"]
+__all__ = ["CapeHead", "cape_maps", "classify_regions", "log_probabilities"]
 
 
 class CapeHead(nn.Module):
     """Classify a feature map as a mixture of its regions, so that the map itself is a probability.
 
-    Every region ``i`` of the feature map ``f`` is classified by the same linear layer,
-    ``M_k(i) = W_k · f(i) + b_k``, and a softmax over regions says how much each one counts::
+    The same linear layer classifies every region ``i`` of the feature map ``f``,
+    ``M_k(i) = W_k · f(i) + b_k``, and a softmax over regions weighs them::
 
         c_k(i) = M_k(i) / exp(t1)              class logits of region i
         w(i)   = mean_k M_k(i) / exp(t2)       weight logit of region i
@@ -32,47 +33,40 @@ class CapeHead(nn.Module):
     That tensor is an outer sum, so the product of two softmaxes above is the same number; nothing
     here is larger than ``[B, K, N]`` (or than a copy of the features).
 
-    Calling the head gives **log-probabilities** ``[B, K]``: their softmax is ``p`` itself, so
-    every tool for classifiers (argmax, cross-entropy, attribution of a class) works as it is.
+    Calling the head returns log-probabilities ``[B, K]``: their softmax is ``p`` itself, so every
+    tool for classifiers works as it is.
 
-    Source: Chowdhury et al., "CAPE: CAM as a Probabilistic Ensemble for Enhanced DNN
-    Interpretation", CVPR 2024 (arXiv:2404.02388).
-
-    Numerics: float16 and bfloat16 heads run their matrix product in that type and everything after
-    it in float32, and return float32, as ``torch.autocast`` does for softmax: one region's share
-    of one class in a thousand is below what float16 can hold. Float32 and float64 stay what they
-    are. Half-precision features may be fed to a float32 or float64 head.
+    Float16 and bfloat16 heads run their matrix product in that type, everything after it in
+    float32, and return float32: one region's share of one class in a thousand is below what
+    float16 can hold. A float32 or float64 head takes half-precision features too. Source: CAPE
+    (CVPR 2024, arXiv 2404.02388), the map ``P`` and mu-CAPE.
 
     Args:
-        in_channels: channels C of the feature map, >= 1.
-        num_classes: number of classes K, >= 2 (with one class every probability is 1).
-        bias: learn an additive bias per class.
-        device: where the parameters are created.
-        dtype: floating type of the parameters.
+        in_channels: Channels C of the feature map, at least 1.
+        num_classes: Number of classes K, at least 2 (with one class every probability is 1).
+        bias: Learn an additive bias per class.
+        device: Where the parameters are created.
+        dtype: Floating type of the parameters.
 
     Attributes:
         weight: ``[K, C]``, the classifier's weight.
-        bias: ``[K]`` or None.
-        t1: logarithm of the temperature of the class logits, a scalar, 0 at first.
-        t2: logarithm of the temperature of the region weights, a scalar, 0 at first.
-        t3: logarithm of a further temperature of both, used by the training loss alone.
+        bias: ``[K]`` or ``None``.
+        t1, t2: Logarithms of the temperatures of class logits and region weights, 0 at first.
+        t3: Logarithm of a further temperature of both, which only the training loss uses.
+        region_logits: An identity for hooks; each call passes ``M`` ``[B, h, w, K]`` through it.
 
     Raises:
-        ValueError: ``in_channels`` < 1 or ``num_classes`` < 2.
+        ValueError: If ``in_channels`` is below 1 or ``num_classes`` below 2.
 
     Example:
-        >>> import torch
-        >>> from fam_plugins.cape import CapeHead
         >>> head = CapeHead(in_channels=16, num_classes=5)
         >>> features = torch.randn(2, 16, 7, 7)
-        >>> maps = head.contributions(features)
+        >>> maps = head.probability_maps(features)
         >>> maps.shape
         torch.Size([2, 5, 7, 7])
         >>> torch.allclose(maps.sum(dim=(2, 3)), head(features).exp())
         True
     """
-
-    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -85,24 +79,17 @@ class CapeHead(nn.Module):
     ) -> None:
         super().__init__()
         if in_channels < 1:
-            raise ValueError(f"in_channels is {in_channels}: a feature map has at least 1 channel")
+            raise ValueError(f"in_channels must be at least 1, not {in_channels}")
         if num_classes < 2:
-            raise ValueError(
-                f"num_classes is {num_classes}: CAPE shares probability among classes, so it needs "
-                "at least 2 (give a binary classifier two outputs instead of one)"
-            )
+            hint = "give a binary classifier two outputs"
+            raise ValueError(f"num_classes must be at least 2, not {num_classes}: {hint}")
         self.in_channels = in_channels
         self.num_classes = num_classes
-        self.weight = nn.Parameter(
-            torch.empty(num_classes, in_channels, device=device, dtype=dtype)
-        )
-        if bias:
-            self.bias = nn.Parameter(torch.empty(num_classes, device=device, dtype=dtype))
-        else:
-            self.register_parameter("bias", None)
-        self.t1 = nn.Parameter(torch.zeros((), device=device, dtype=dtype))
-        self.t2 = nn.Parameter(torch.zeros((), device=device, dtype=dtype))
-        self.t3 = nn.Parameter(torch.zeros((), device=device, dtype=dtype))
+        empty = partial(torch.empty, device=device, dtype=dtype)
+        self.weight = nn.Parameter(empty((num_classes, in_channels)))
+        self.bias = nn.Parameter(empty(num_classes)) if bias else None
+        self.t1, self.t2, self.t3 = (nn.Parameter(empty(())) for _ in range(3))
+        self.region_logits = nn.Identity()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -119,32 +106,19 @@ class CapeHead(nn.Module):
         """Start from a trained classifier: its weight and bias are copied, not shared.
 
         Args:
-            linear: the classifier after global average pooling; with or without bias.
+            linear: The classifier after global average pooling, with or without bias.
 
         Returns:
             A head of the same type, on the same device, with temperatures of 1.
 
         Raises:
-            TypeError: ``linear`` is not an ``nn.Linear``.
-
-        Example:
-            >>> from torch import nn
-            >>> head = CapeHead.from_linear(nn.Linear(16, 5, bias=False))
-            >>> head.bias is None
-            True
+            TypeError: If ``linear`` is not an ``nn.Linear``.
         """
         if not isinstance(linear, nn.Linear):
-            raise TypeError(
-                f"from_linear takes the model's nn.Linear classifier, got {type(linear).__name__}; "
-                "for resnet50 that is model.fc"
-            )
-        head = cls(
-            linear.in_features,
-            linear.out_features,
-            bias=linear.bias is not None,
-            device=linear.weight.device,
-            dtype=linear.weight.dtype,
-        )
+            kind = type(linear).__name__
+            raise TypeError(f"from_linear takes an nn.Linear, such as model.fc, not {kind}")
+        classes, channels = linear.weight.shape
+        head = cls(channels, classes, bias=linear.bias is not None).to(linear.weight)
         with torch.no_grad():
             head.weight.copy_(linear.weight)
             if head.bias is not None:
@@ -156,24 +130,13 @@ class CapeHead(nn.Module):
         """Build the head of a checkpoint written by the authors' released code.
 
         Args:
-            state_dict: the checkpoint, as ``torch.load(path, weights_only=True)`` gives it; names
-                outside the CAPE head are ignored.
+            state_dict: As for :func:`head_state_from_release`.
 
         Returns:
             A head of the checkpoint's size and type.
 
         Raises:
-            ValueError: names of the CAPE head are missing or sizes contradict each other.
-
-        Example:
-            >>> import torch
-            >>> released = {
-            ...     "classifiers.cape.2.weight": torch.randn(5, 16),
-            ...     "classifiers.cape.2.bias": torch.randn(5),
-            ...     "t1.T": torch.zeros(1), "t2.T": torch.zeros(1), "t3.T": torch.zeros(1, 1, 1, 1),
-            ... }
-            >>> CapeHead.from_released_state_dict(released)
-            CapeHead(in_channels=16, num_classes=5, bias=True)
+            ValueError: If names of the CAPE head are missing or sizes contradict each other.
         """
         state = head_state_from_release(state_dict)
         weight = state["weight"]
@@ -185,165 +148,123 @@ class CapeHead(nn.Module):
         """Log-probabilities of the classes.
 
         Args:
-            features: feature map ``[B, C, h, w]`` or ``[B, C, d, h, w]``.
+            features: Feature map ``[B, C, h, w]`` or ``[B, C, d, h, w]``.
 
         Returns:
             ``log p``, ``[B, K]``, each in (-inf, 0]; finite wherever the logits are.
 
         Raises:
-            TypeError: features are not floating point, or wider than the head.
-            ValueError: features are not 4-D or 5-D, are empty, or have other channels.
+            TypeError: If features are not floating point, or wider than the head.
+            ValueError: If features are not 4-D or 5-D, are empty, or have other channels.
         """
-        return self._log_probs(self._region_logits(features), soft=False)
+        logits = self.region_logits(classify_regions(self, features))
+        return log_probabilities(logits, self.t1, self.t2)
 
     def soft_log_probs(self, features: Tensor) -> Tensor:
-        """Log-probabilities at the further temperature ``exp(t3)``, for the training loss alone.
+        """Log-probabilities ``[B, K]`` with both logits divided by ``exp(t3)`` too, for training.
 
-        Args:
-            features: feature map ``[B, C, h, w]`` or ``[B, C, d, h, w]``.
-
-        Returns:
-            ``[B, K]``, log-probabilities with both kinds of logits divided by ``exp(t3)`` as well.
-
-        Raises:
-            TypeError: as calling the head.
-            ValueError: as calling the head.
+        Features and errors are those of :meth:`forward`.
         """
-        return self._log_probs(self._region_logits(features), soft=True)
+        return log_probabilities(classify_regions(self, features), self.t1, self.t2, self.t3)
 
     def class_maps(self, features: Tensor) -> Tensor:
         """Class logits of every region, the maps that CAM shows (with the bias).
 
-        Their mean over regions is what the same classifier says after global average pooling.
-
-        Args:
-            features: feature map ``[B, C, h, w]`` or ``[B, C, d, h, w]``.
+        Their mean over regions is the output of the same classifier after global average pooling.
+        Features and errors are those of :meth:`forward`.
 
         Returns:
             ``M``, ``[B, K, h, w]`` (or ``[B, K, d, h, w]``), signed.
-
-        Raises:
-            TypeError: as calling the head.
-            ValueError: as calling the head.
         """
-        return self._as_maps(self._region_logits(features), features)
+        return classify_regions(self, features).movedim(-1, 1).contiguous()
 
-    def contributions(self, features: Tensor) -> Tensor:
-        """The CAPE map: the probability that each region contributes to each class.
+    def probability_maps(self, features: Tensor) -> Tensor:
+        """The CAPE maps: the probability that each region contributes to each class.
 
-        Args:
-            features: feature map ``[B, C, h, w]`` or ``[B, C, d, h, w]``.
+        Features and errors are those of :meth:`forward`.
 
         Returns:
             ``P``, ``[B, K, h, w]`` (or ``[B, K, d, h, w]``), in [0, 1]; sums to the class
             probability over regions, and to 1 over regions and classes.
-
-        Raises:
-            TypeError: as calling the head.
-            ValueError: as calling the head.
         """
-        class_logits, weight_logits = self._tempered(self._region_logits(features), soft=False)
-        # A product of two softmaxes, not exp(log + log): the sum stays 1 to rounding.
-        share = torch.softmax(class_logits, dim=2) * torch.softmax(weight_logits, dim=1)
-        return self._as_maps(share, features)
+        return cape_maps(self, classify_regions(self, features))
 
-    def relative(self, features: Tensor) -> Tensor:
-        """The µ-CAPE map ``relu(c_k(i) + w(i))``: relative, not a probability.
+    def relative_maps(self, features: Tensor) -> Tensor:
+        """The mu-CAPE maps ``relu(c_k(i) + w(i))``: relative, not probabilities.
 
-        It shows faint contributions that the exponential of the CAPE map hides. Adding one
-        constant to all logits changes it, while it leaves :meth:`contributions` as it is.
-
-        Args:
-            features: feature map ``[B, C, h, w]`` or ``[B, C, d, h, w]``.
+        They show faint contributions that the exponential of the CAPE map hides. Adding one
+        constant to all logits changes them, while it leaves :meth:`probability_maps` as they are.
+        Features and errors are those of :meth:`forward`.
 
         Returns:
-            ``[B, K, h, w]`` (or ``[B, K, d, h, w]``), >= 0, in units of logits.
-
-        Raises:
-            TypeError: as calling the head.
-            ValueError: as calling the head.
+            ``[B, K, h, w]`` (or ``[B, K, d, h, w]``), at least 0, in units of logits.
         """
-        class_logits, weight_logits = self._tempered(self._region_logits(features), soft=False)
-        return self._as_maps(torch.relu(class_logits + weight_logits), features)
+        return cape_maps(self, classify_regions(self, features), relative=True)
 
     def extra_repr(self) -> str:
         """Sizes, as ``nn.Linear`` prints them."""
-        return (
-            f"in_channels={self.in_channels}, num_classes={self.num_classes}, "
-            f"bias={self.bias is not None}"
-        )
-
-    def _region_logits(self, features: Tensor) -> Tensor:
-        """M as ``[B, N, K]``: the classifier at every region, classes last.
-
-        ``F.linear`` rather than a 1x1 convolution: it follows the same TF32 setting as the model's
-        own classifier, and the class softmax then runs over contiguous memory.
-        """
-        features = checked_features(features, self.in_channels, self.weight.dtype)
-        return F.linear(features.flatten(2).mT, self.weight, self.bias)
-
-    def _tempered(self, logits: Tensor, *, soft: bool) -> tuple[Tensor, Tensor]:
-        """Class logits ``[B, N, K]`` and weight logits ``[B, N, 1]``, in float32 or wider."""
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        dtype = torch.promote_types(dtype, self.weight.dtype)
-        logits = logits.to(dtype)
-        extra = self.t3.to(dtype) if soft else 0.0
-        # Times exp(-t), not divided by exp(t): the backward pass of a division costs twice as much.
-        class_logits = logits * (-self.t1.to(dtype) - extra).exp()
-        weight_logits = logits.mean(dim=2, keepdim=True) * (-self.t2.to(dtype) - extra).exp()
-        return class_logits, weight_logits
-
-    def _log_probs(self, logits: Tensor, *, soft: bool) -> Tensor:
-        class_logits, weight_logits = self._tempered(logits, soft=soft)
-        # Sums of logarithms: finite for a class hundreds of logits behind, where log(p) is not.
-        joint = F.log_softmax(class_logits, dim=2) + F.log_softmax(weight_logits, dim=1)
-        return torch.logsumexp(joint, dim=1)
-
-    def _as_maps(self, by_region: Tensor, features: Tensor) -> Tensor:
-        """``[B, N, K]`` back to ``[B, K, *spatial]``."""
-        return by_region.mT.reshape(by_region.shape[0], -1, *features.shape[2:]).contiguous()
+        bias = self.bias is not None
+        return f"in_channels={self.in_channels}, num_classes={self.num_classes}, bias={bias}"
 
 
-def checked_features(features: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
-    """Return ``features`` in the head's type, or raise.
+def classify_regions(head: CapeHead, features: Tensor) -> Tensor:
+    """Region logits M ``[B, *spatial, K]`` of a feature map ``[B, C, *spatial]``."""
+    features = _fitting(features, head.in_channels, head.weight.dtype)
+    # F.linear rather than a 1x1 convolution: it follows the same TF32 setting as the model's own
+    # classifier, and the class softmax then runs over contiguous memory.
+    logits = F.linear(features.flatten(2).mT, head.weight, head.bias)
+    return logits.reshape(len(features), *features.shape[2:], -1)
 
-    Narrower types are widened (a float32 head on a bfloat16 backbone is a sound choice); wider
-    ones are refused rather than silently rounded.
 
-    Args:
-        features: ``[B, C, h, w]`` or ``[B, C, d, h, w]``.
-        channels: C that the head was built for.
-        dtype: the head's floating type.
+def log_probabilities(logits: Tensor, t1: Tensor, t2: Tensor, t3: Tensor | None = None) -> Tensor:
+    """Log-probabilities ``[B, K]`` of region logits ``[B, *spatial, K]``."""
+    classes, weights = _tempered(logits, t1, t2, t3)
+    # Sums of logarithms: finite for a class hundreds of logits behind, where log(p) is not.
+    joint = F.log_softmax(classes, dim=2) + F.log_softmax(weights, dim=1)
+    return torch.logsumexp(joint, dim=1)
 
-    Returns:
-        The features in ``dtype``.
 
-    Raises:
-        TypeError: features are not floating point, or wider than ``dtype``.
-        ValueError: features are not 4-D or 5-D, are empty, or have other channels.
-    """
+def cape_maps(
+    head: CapeHead, logits: Tensor, chosen: Tensor | None = None, *, relative: bool = False
+) -> Tensor:
+    """Maps ``[B, K, *spatial]`` of region logits; ``[B, 1, *spatial]`` of ``chosen`` ``[B]``."""
+    classes, weights = _tempered(logits, head.t1, head.t2)
+    if not relative:
+        # A product of two softmaxes, not exp(log + log): the sum stays 1 to rounding.
+        classes, weights = classes.softmax(dim=2), weights.softmax(dim=1)
+    if chosen is not None:
+        classes = classes.gather(2, chosen.view(-1, 1, 1).expand(-1, classes.shape[1], 1))
+    maps = torch.relu(classes + weights) if relative else classes * weights
+    return maps.mT.reshape(len(logits), -1, *logits.shape[1:-1]).contiguous()
+
+
+def _tempered(
+    logits: Tensor, t1: Tensor, t2: Tensor, t3: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Class logits ``[B, N, K]`` and weight logits ``[B, N, 1]``, in float32 or wider."""
+    dtype = torch.promote_types(torch.promote_types(logits.dtype, t1.dtype), torch.float32)
+    t1, t2 = (t.to(dtype) if t3 is None else t.to(dtype) + t3.to(dtype) for t in (t1, t2))
+    logits = logits.to(dtype).flatten(1, -2)
+    # Times exp(-t), not divided by exp(t): the backward pass of a division costs twice as much.
+    return logits * (-t1).exp(), logits.mean(dim=2, keepdim=True) * (-t2).exp()
+
+
+def _fitting(features: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
+    """Features in the head's type: narrower types are widened, wider ones refused, not rounded."""
     shape = tuple(features.shape)
-    if features.ndim not in (4, 5):
+    if features.dim() not in (4, 5):
         raise ValueError(
-            f"CapeHead takes a feature map [B, C, h, w] or [B, C, d, h, w], got {features.ndim}-D "
-            f"{shape}; add a batch axis with features.unsqueeze(0), or reshape tokens [B, N, C] to "
-            "[B, C, h, w]"
+            f"features must be [B, C, h, w] or [B, C, d, h, w], not {shape}: add a batch axis with "
+            "features.unsqueeze(0), or reshape tokens [B, N, C]"
         )
-    if features.shape[1] != channels:
-        hint = "take the map that enters the pooling layer"
-        if features.shape[-1] == channels:
-            hint = "channels come last here, use features.movedim(-1, 1)"
-        raise ValueError(
-            f"CapeHead was built for {channels} channels, got {features.shape[1]} in {shape}; "
-            f"{hint}"
-        )
+    if shape[1] != channels:
+        last = shape[-1] == channels
+        hint = "features.movedim(-1, 1)" if last else "the map that enters the pooling layer"
+        raise ValueError(f"the head takes {channels} channels, not {shape[1]}: pass {hint}")
     if features.numel() == 0:
         raise ValueError(f"the feature map {shape} is empty: pass at least one image and region")
     if not features.is_floating_point():
         raise TypeError(f"features are {features.dtype}: convert them with features.float()")
     if torch.promote_types(features.dtype, dtype) != dtype:
-        raise TypeError(
-            f"features are {features.dtype} but the head is {dtype}: use head.to({features.dtype}) "
-            f"or features.to({dtype})"
-        )
+        raise TypeError(f"features are {features.dtype} but the head is {dtype}: use .to({dtype})")
     return features.to(dtype)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fam_plugins.cape.head import CapeHead
 
-__all__ = ["cape_loss"]
+__all__ = ["cape_loss", "check_labels", "distillation"]
 
 
 def cape_loss(
@@ -28,89 +28,75 @@ def cape_loss(
         alpha · CE(logits, labels)
           + beta · T² · KL( softmax(logits / T) || head.soft_log_probs(features) )
 
-    The second term teaches the head what the classifier says. Its teacher (``logits``) and its
-    input (``features``) are detached here, so CAPE never changes what the model learns: gradients
-    of the backbone and of its classifier come from the first term alone.
+    Teacher (``logits``) and input (``features``) of the second term are detached here, so CAPE
+    never changes what the model learns: its gradients come from the first term alone.
 
     * ``alpha = beta = 1`` with labels: train everything from the start, the authors' setting "TS".
     * ``alpha = 0``, no labels: the head alone, "PF"; :func:`fit_cape_head` does the whole loop.
 
-    Source: arXiv:2404.02388, and its released code for the settings.
+    Source: CAPE (CVPR 2024, arXiv 2404.02388), and its released code for the settings.
 
     Args:
-        head: the CAPE head.
-        features: feature map ``[B, C, h, w]`` (or 5-D) that enters pooling.
-        logits: the model's own class logits ``[B, K]``.
-        labels: class indices ``[B]``, int64; needed when ``alpha`` is not 0.
-        alpha: weight of the cross-entropy, >= 0.
-        beta: weight of the distillation, >= 0.
-        temperature: T of the teacher, > 0.
+        head: The CAPE head.
+        features: Feature map ``[B, C, h, w]`` (or 5-D) that enters pooling.
+        logits: The model's own class logits ``[B, K]``.
+        labels: Class indices ``[B]``, int64; needed unless ``alpha`` is 0.
+        alpha: Weight of the cross-entropy, at least 0.
+        beta: Weight of the distillation, at least 0.
+        temperature: T of the teacher, above 0.
 
     Returns:
         A scalar in nats, mean over the batch, float32 or wider.
 
     Raises:
-        TypeError: ``labels`` are not whole numbers.
-        ValueError: shapes that do not match, labels missing or out of range, a weight or
-            temperature out of range.
+        TypeError: If ``labels`` are not whole numbers.
+        ValueError: If shapes do not match, labels are missing, or something is out of range.
 
     Example:
-        In a training loop, with ``model`` from :func:`with_cape_head`, the first two lines would
-        be ``features, logits = model.features_and_logits(images)``.
-
-        >>> import torch
-        >>> from fam_plugins.cape import CapeHead, cape_loss
-        >>> features = torch.randn(4, 8, 7, 7, requires_grad=True)
+        >>> features = torch.randn(4, 8, 7, 7, requires_grad=True)  # model.features_and_logits
         >>> logits = torch.randn(4, 3, requires_grad=True)
         >>> loss = cape_loss(CapeHead(8, 3), features, logits, torch.tensor([0, 1, 2, 0]))
         >>> loss.backward()
         >>> features.grad is None  # CAPE does not train the backbone
         True
     """
-    _check_weights(alpha, beta, temperature)
-    if logits.ndim != 2 or logits.shape != (features.shape[0], head.num_classes):
+    # Written as "not (x >= 0)" so that NaN is refused too.
+    if not (alpha >= 0 and beta >= 0 and alpha + beta > 0 and temperature > 0):
         raise ValueError(
-            f"logits must be [{features.shape[0]}, {head.num_classes}] (images, the head's "
-            f"classes), got {tuple(logits.shape)}"
+            "alpha and beta must be at least 0 and not both 0, and temperature above 0, "
+            f"not {alpha}, {beta} and {temperature}"
         )
+    shape = (len(features), head.num_classes)
+    if logits.shape != shape:
+        raise ValueError(f"logits must be [B, K], {list(shape)}, not {list(logits.shape)}")
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     loss = logits.new_zeros(())
     if alpha:
         if labels is None:
             raise ValueError("labels are needed for the cross-entropy: pass them, or alpha=0")
-        check_labels(labels, images=logits.shape[0], classes=head.num_classes)
+        check_labels(labels, images=shape[0], classes=shape[1])
         loss = loss + alpha * F.cross_entropy(logits, labels.long())
     if beta:
-        teacher = F.log_softmax(logits.detach() / temperature, dim=1)
         student = head.soft_log_probs(features.detach())
-        divergence = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
-        loss = loss + beta * temperature**2 * divergence
+        loss = loss + beta * distillation(student, logits, temperature)
     return loss
 
 
+def distillation(student: Tensor, logits: Tensor, temperature: float) -> Tensor:
+    """``T² · KL(softmax(logits / T) || exp(student))``, mean over images; both are ``[B, K]``."""
+    logits = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
+    teacher = F.log_softmax(logits / temperature, dim=1)
+    divergence = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+    return temperature**2 * divergence
+
+
 def check_labels(labels: Tensor, *, images: int, classes: int) -> None:
-    """Refuse labels that are not one class index per image."""
+    """Refuse labels that are not one class index per image, ``[B]``."""
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise TypeError(
-            f"labels are {labels.dtype}: pass class indices [B] as int64; for one-hot or soft "
-            "labels take labels.argmax(dim=1)"
-        )
+        raise TypeError(f"labels must be int64, not {labels.dtype}: see labels.argmax(dim=1)")
     if labels.shape != (images,):
-        raise ValueError(
-            f"labels are {tuple(labels.shape)}: pass one class index for each of the {images} "
-            "images, [B]"
-        )
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= classes:
-        raise ValueError(
-            f"label {low if low < 0 else high} is out of range: the classifier knows classes 0 to "
-            f"{classes - 1}"
-        )
-
-
-def _check_weights(alpha: float, beta: float, temperature: float) -> None:
-    # Written as "not (x >= 0)" so that NaN is refused too.
-    if not (alpha >= 0 and beta >= 0 and alpha + beta > 0):
-        raise ValueError(f"alpha = {alpha}, beta = {beta}: use weights >= 0, not both 0")
-    if not temperature > 0:
-        raise ValueError(f"temperature is {temperature}: it must be > 0")
+        shape = tuple(labels.shape)
+        raise ValueError(f"pass one class index for each of the {images} images, not {shape}")
+    wrong = labels[(labels < 0) | (labels >= classes)].tolist()
+    if wrong:
+        raise ValueError(f"label {wrong[0]} is out of range: classes go from 0 to {classes - 1}")

@@ -14,9 +14,7 @@ __all__ = ["upsample_conserving_mass"]
 
 
 def upsample_conserving_mass(
-    maps: Tensor,
-    size: int | Sequence[int],
-    mode: Literal["nearest", "bilinear"] = "nearest",
+    maps: Tensor, size: int | Sequence[int], mode: Literal["nearest", "bilinear"] = "nearest"
 ) -> Tensor:
     """Resize maps so that the sum of each one stays what it was.
 
@@ -30,63 +28,51 @@ def upsample_conserving_mass(
       divided by the area factor; at others the density of a constant map ripples slightly, which
       is the price of an exact sum. An axis that shrinks is done as in ``nearest``.
 
-    (The released CAPE code enlarges bicubically with aligned corners, which does not keep the sum.)
+    Source: our own; the bicubic enlargement of the released CAPE code does not keep the sum.
 
     Args:
         maps: ``[B, K, h, w]``, any sign.
-        size: height and width in pixels, or one number for both.
-        mode: how a region's mass is spread.
+        size: Height and width in pixels, or one number for both.
+        mode: How a region's mass is spread.
 
     Returns:
         ``[B, K, H, W]`` on the same device, sums over the last two axes unchanged to rounding.
-        float16 and bfloat16 come back as float32: one pixel's share is too small for them.
+        Float16 and bfloat16 come back as float32: one pixel's share is too small for them.
 
     Raises:
-        TypeError: ``maps`` is not floating point.
-        ValueError: ``maps`` is not 4-D or is empty, ``size`` is not one or two positive whole
-            numbers, ``mode`` unknown.
+        TypeError: If ``maps`` is not floating point.
+        ValueError: If ``maps`` is not 4-D or is empty, or ``size`` or ``mode`` are of other kinds.
 
     Example:
-        >>> import torch
-        >>> from fam_plugins.cape import upsample_conserving_mass
-        >>> maps = torch.full((1, 2, 7, 7), 1 / 98)
-        >>> large = upsample_conserving_mass(maps, (224, 200))
+        >>> large = upsample_conserving_mass(torch.full((1, 2, 7, 7), 1 / 98), (224, 200))
         >>> large.shape
         torch.Size([1, 2, 224, 200])
         >>> torch.allclose(large.sum(), torch.tensor(1.0))
         True
     """
-    if maps.ndim != 4 or maps.numel() == 0:
-        raise ValueError(
-            f"maps must be [B, K, h, w], got {tuple(maps.shape)}; see Tensor.unsqueeze"
-        )
+    if maps.dim() != 4 or maps.numel() == 0:
+        raise ValueError(f"maps must be [B, K, h, w], not {tuple(maps.shape)}")
     if not maps.is_floating_point():
         raise TypeError(f"maps are {maps.dtype}: convert them with maps.float()")
-    height, width = _checked_size(size)
     if mode not in ("nearest", "bilinear"):
-        raise ValueError(f"mode is {mode!r}: use 'nearest' or 'bilinear'")
-    dtype = torch.promote_types(maps.dtype, torch.float32)
-    rows = _shares(maps.shape[2], height, mode, dtype).to(maps.device)
-    columns = _shares(maps.shape[3], width, mode, dtype).to(maps.device)
-    return rows @ maps.to(dtype) @ columns.mT
-
-
-def _checked_size(size: int | Sequence[int]) -> tuple[int, int]:
+        raise ValueError(f"mode must be 'nearest' or 'bilinear', not {mode!r}")
     try:
         pair = [index(n) for n in (size if isinstance(size, Sequence) else (size, size))]
     except TypeError:
         pair = []
     if len(pair) != 2 or min(pair) < 1:
-        raise ValueError(f"size is {size!r}: use (height, width), two whole numbers >= 1")
-    return pair[0], pair[1]
+        raise ValueError(f"size must be two whole numbers (height, width) above 0, not {size!r}")
+    dtype = torch.promote_types(maps.dtype, torch.float32)
+    rows, columns = (
+        _shares(old, new, mode).to(maps.device, dtype)
+        for old, new in zip(maps.shape[2:], pair, strict=True)
+    )
+    return rows @ maps.to(dtype) @ columns.mT
 
 
-def _shares(old: int, new: int, mode: str, dtype: torch.dtype) -> Tensor:
-    """``[new, old]``: the share of each old cell's mass that each new cell receives.
-
-    Columns sum to 1. Computed in float64 on the CPU: the matrix is tiny, and its rounding would
-    otherwise be the largest error of the whole operation.
-    """
+def _shares(old: int, new: int, mode: str) -> Tensor:
+    """``[new, old]``: the share of each old cell's mass that each new cell receives."""
+    # Float64 on the CPU: the matrix is tiny, and its rounding would be the largest error of all.
     if mode == "bilinear" and new >= old:
         identity = torch.eye(old, dtype=torch.float64).unsqueeze(0)
         weights = F.interpolate(identity, size=new, mode="linear", align_corners=False)[0].mT
@@ -96,4 +82,4 @@ def _shares(old: int, new: int, mode: str, dtype: torch.dtype) -> Tensor:
         cell = torch.arange(old, dtype=torch.float64) * new
         overlap = torch.minimum(lower + old, cell + new) - torch.maximum(lower, cell)
         weights = overlap.clamp(min=0)
-    return (weights / weights.sum(dim=0, keepdim=True)).to(dtype)
+    return weights / weights.sum(dim=0, keepdim=True)

@@ -10,6 +10,7 @@ from captum.attr import LayerAttribution
 from captum.log import log_usage
 from torch import Tensor, nn
 
+from fam_plugins.cape.head import cape_maps, log_probabilities
 from fam_plugins.cape.model import find_head
 from fam_plugins.captum.targets import TensorOrTensors, batch_size, run_forward, select_scores
 from fam_plugins.core.layer_pass import LayerPass
@@ -21,33 +22,21 @@ __all__ = ["LayerCape"]
 class LayerCape(LayerAttribution):
     """CAPE map of a class: the probability that each region contributes to it.
 
-    A drop-in for :class:`captum.attr.LayerGradCam` on a model with a CAPE head
-    (:func:`fam_plugins.cape.with_cape_head`). The map of a class sums to the head's probability of
-    that class, and the maps of all classes sum to 1, so regions are comparable across classes.
-
-    It explains the CAPE head, whose top class can differ from the model's own. It takes one
-    forward pass and no gradient. Source: CAPE (CVPR 2024, arXiv 2404.02388).
+    A drop-in for :class:`captum.attr.LayerGradCam` on a model with a CAPE head, whose top class can
+    differ from the model's own. The map of a class sums to the head's probability of it, and the
+    maps of all classes to 1. Takes one pass, no gradient. Source: CAPE (arXiv 2404.02388).
 
     Args:
-        forward_func: A :class:`fam_plugins.cape.CapeModel`, any model that contains a
-            :class:`fam_plugins.cape.CapeHead`, or a function of either.
-        layer: Not needed for a module; for a plain function, the :class:`CapeHead`. The layer
-            that feeds the head is accepted too, so that Grad-CAM code need not change.
+        forward_func: A model that contains a :class:`fam_plugins.cape.CapeHead`, or a function.
+        layer: For a plain function the head; else not needed, Grad-CAM code may keep its layer.
         device_ids: Accepted as in Captum; maps are computed on one device.
-        relative: Return mu-CAPE, ``relu(c + w)``: a relative map in units of logits that shows
-            faint evidence, not a probability.
+        relative: Return mu-CAPE, ``relu(c + w)``, in units of logits, not probabilities.
 
     Example:
         >>> from fam_plugins.cape import with_cape_head
-        >>> net = nn.Sequential(
-        ...     nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-        ...     nn.Linear(8, 4),
-        ... )
-        >>> model = with_cape_head(net)  # then fam_plugins.cape.fit_cape_head(model, loader)
-        >>> images = torch.rand(2, 3, 6, 6)
-        >>> maps = LayerCape(model).attribute(images, target=1)
-        >>> maps.shape
-        torch.Size([2, 1, 4, 4])
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        >>> model, images = with_cape_head(net.append(nn.Linear(8, 4))), torch.rand(2, 3, 6, 6)
+        >>> maps = LayerCape(model).attribute(images, target=1)  # [2, 1, 4, 4]
         >>> torch.allclose(maps.sum(dim=(1, 2, 3)), model(images)[:, 1].exp())
         True
     """
@@ -80,50 +69,49 @@ class LayerCape(LayerAttribution):
 
         Args:
             inputs: Images ``[B, ...]``, or a tuple of tensors for models that take several.
-            target: The class: an int for all images, or a list or tensor of one an image.
+            target: The class: an int for all images, or a list or tensor of one per image.
             additional_forward_args: Further arguments of the model.
             attribute_to_layer_input: Must stay ``False``: CAPE reads one map.
-            relu_attributions: Changes nothing, for no value is negative.
+            relu_attributions: Changes nothing: no value is negative.
             attr_dim_summation: Must stay ``True``: a softmax does not split over channels.
-            grad_kwargs: Changes nothing, for no gradient is taken.
-            return_convergence_delta: Also return the sum of each map minus the probability.
+            grad_kwargs: Changes nothing: no gradient is taken.
+            return_convergence_delta: Also return sum minus probability of each map, ``[B]``.
 
         Returns:
-            Maps ``[B, 1, h, w]`` in [0, 1] whose sum is the probability of ``target`` (mu-CAPE:
-            at least 0, in units of logits); float32 for half-precision models. With
-            ``return_convergence_delta`` a pair of that and ``[B]``.
+            Maps ``[B, 1, h, w]``, float32 or wider, that sum to the probability of ``target``.
 
         Raises:
             AssertionError: On a bad target, or a head that does not run.
             RuntimeError: If the head runs twice.
-            ValueError: On an empty batch, a map that holds NaN, a model without a CAPE head,
-                another layer than the one that feeds it, or a split that CAPE does not have.
+            ValueError: On an empty batch, NaN, a model without a CAPE head, or bad arguments.
         """
         if attribute_to_layer_input or not attr_dim_summation:
-            raise ValueError(
-                "a CAPE map is a softmax over classes and regions; it has no parts by channel or "
-                "layer input: leave attribute_to_layer_input and attr_dim_summation as they are"
-            )
+            raise ValueError("a CAPE map has no parts by channel or layer input: leave both out")
         if return_convergence_delta and self.relative:
-            raise ValueError(
-                "mu-CAPE does not add up to a probability, so it has no convergence delta: use "
-                "LayerCape(..., relative=False)"
-            )
+            raise ValueError("mu-CAPE does not add up to a probability: use relative=False")
         batch_size(inputs)
         head, _ = find_head(self.forward_func, self.layer)
-        one = LayerPass(self.forward_func, [head], at_input=True, differentiate=False)
+        one = LayerPass(self.forward_func, [head.region_logits], differentiate=False)
         output = one.run(lambda: run_forward(self.forward_func, inputs, additional_forward_args))
-        ((features,),) = one.tracked
-        classes = torch.arange(head.num_classes, device=features.device)
-        select_scores(output, target)
-        chosen = select_scores(classes.expand(len(features), -1), target)
-        rows = torch.arange(len(features), device=features.device)
+        scores = select_scores(output, target)  # refuses what the model's own output lacks
+        ((logits,),) = one.tracked
+        classes = torch.arange(head.num_classes, device=logits.device)
+        chosen = select_scores(classes.expand(len(logits), -1), target)
         with torch.no_grad():
-            maps = head.relative(features) if self.relative else head.contributions(features)
-            picked = check_finite(maps[rows, chosen].unsqueeze(1))
+            maps = check_finite(cape_maps(head, logits, chosen, relative=self.relative))
+            of_all = log_probabilities(logits, head.t1, head.t2)
+            own = of_all.gather(1, chosen[:, None])[:, 0]
+            # A function of the model may pick or reorder classes, and then means another one.
+            if not isinstance(self.forward_func, nn.Module) and not torch.allclose(
+                scores.to(own), own, rtol=1e-2, atol=1e-2
+            ):
+                raise ValueError(
+                    "the function's output at target is not the head's log-probability of that "
+                    "class: explain the model itself, with the class of its head as target"
+                )
             if not return_convergence_delta:
-                return picked
-            return picked, picked.flatten(1).sum(dim=1) - head(features)[rows, chosen].exp()
+                return maps
+            return maps, maps.flatten(1).sum(dim=1) - own.exp()
 
     def has_convergence_delta(self) -> bool:
         """Whether maps add up to a probability: all but mu-CAPE do."""
@@ -136,30 +124,11 @@ class LayerCape(LayerAttribution):
         target: Any = None,
         additional_forward_args: Any = None,
     ) -> Tensor:
-        """How far maps are from adding up to the probability of ``target``; one forward pass.
-
-        Args:
-            attributions: Maps ``[B, 1, h, w]``.
-            inputs: The images they explain.
-            target: As for :meth:`attribute`.
-            additional_forward_args: As for :meth:`attribute`.
-
-        Returns:
-            ``[B]``, differences of probabilities.
-
-        Raises:
-            ValueError: For mu-CAPE; and as for :meth:`attribute`.
-        """
-        maps, delta = self.attribute(
-            inputs, target, additional_forward_args, return_convergence_delta=True
-        )
-        difference: Tensor = delta + (attributions - maps).flatten(1).sum(dim=1)
-        return difference
+        """The sum of each map minus the probability, ``[B]``; arguments as in :meth:`attribute`."""
+        others = additional_forward_args
+        maps, delta = self.attribute(inputs, target, others, return_convergence_delta=True)
+        return delta + (attributions - maps).flatten(1).sum(dim=1)  # type: ignore[no-any-return]
 
     def attribute_future(self, *_args: Any, **_kwargs: Any) -> None:
-        """Not offered.
-
-        Raises:
-            NotImplementedError: Always.
-        """
+        """Not offered; raises ``NotImplementedError``."""
         raise NotImplementedError("LayerCape has no asynchronous form: call attribute")

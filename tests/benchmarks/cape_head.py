@@ -48,7 +48,7 @@ def ours(head, features, teacher, training):
     """One step of this package."""
     if not training:
         with torch.no_grad():
-            return (head.contributions(features),)
+            return (head.probability_maps(features),)
     loss = cape_loss(head, features, teacher, alpha=0)
     return torch.autograd.grad(loss, list(head.parameters()))
 

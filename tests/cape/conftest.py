@@ -2,6 +2,10 @@ import pytest
 import torch
 from torch import nn
 
+from fam_plugins.cape import with_cape_head
+
+QUIET = {"progress": False}
+
 
 def small_network(classes=3, channels=8, norm=True):
     """A classifier with every thing that must be left alone: batch norm, dropout, modes."""
@@ -23,6 +27,11 @@ def network():
 
 
 @pytest.fixture
+def model(network):
+    return with_cape_head(network)
+
+
+@pytest.fixture
 def batches():
     """Five batches of images and labels, the last one smaller."""
     generator = torch.Generator().manual_seed(1)
@@ -34,3 +43,13 @@ def batches():
         )
         for n in sizes
     ]
+
+
+def state_of(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_unchanged(model, state, *, but_head=False):
+    for name, tensor in model.state_dict().items():
+        if not (but_head and name.startswith("head.")):
+            assert torch.equal(tensor, state[name]), name

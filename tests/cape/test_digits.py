@@ -44,7 +44,7 @@ def test_both_heads_agree_on_held_out_digits(example, tmp_path):
 
     with torch.no_grad():
         features = model.features(images)
-        maps, p = model.head.contributions(features), model(images).exp()
+        maps, p = model.head.probability_maps(features), model(images).exp()
     torch.testing.assert_close(maps.sum((2, 3)), p, rtol=0, atol=1e-6)
 
     picture = tmp_path / "new" / "digit.png"

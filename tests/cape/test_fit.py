@@ -4,26 +4,8 @@ import pytest
 import torch
 
 from fam_plugins.cape import CapeHead, CapeModel, cape_loss, fit_cape_head, with_cape_head
-from fam_plugins.cape.batches import FeatureCache
 
-from .conftest import small_network
-
-QUIET = {"progress": False}
-
-
-@pytest.fixture
-def model(network):
-    return with_cape_head(network)
-
-
-def state_of(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def assert_unchanged(model, state, *, but_head=False):
-    for name, tensor in model.state_dict().items():
-        if not (but_head and name.startswith("head.")):
-            assert torch.equal(tensor, state[name]), name
+from .conftest import QUIET, assert_unchanged, state_of
 
 
 def test_only_the_head_learns_and_everything_is_given_back(model, batches):
@@ -93,26 +75,6 @@ def test_t3_stays_the_sum_of_t1_and_t2(model, batches):
     torch.testing.assert_close(head.t3, head.t1 + head.t2, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("cache", [False, True])
-def test_a_resumed_fit_equals_an_uninterrupted_one(network, batches, tmp_path, cache):
-    settings = {"lr": 0.05, "step_size": 3, "gamma": 0.1, "cache": cache, **QUIET}
-    start = with_cape_head(network)
-    whole, parts = copy.deepcopy(start), copy.deepcopy(start)
-    expected = fit_cape_head(whole, batches, epochs=5, **settings)
-    path = tmp_path / "head.pt"
-    fit_cape_head(parts, batches, epochs=2, path=path, **settings)
-    continued = with_cape_head(network)  # as after a restart
-    history = fit_cape_head(continued, batches, epochs=5, path=path, **settings)
-    assert history == expected
-    for ours, other in zip(continued.head.parameters(), whole.head.parameters(), strict=True):
-        assert torch.equal(ours, other)
-    assert [p.name for p in tmp_path.iterdir()] == ["head.pt"]
-    # Finished: nothing left to do, the head comes from the file.
-    again = with_cape_head(network)
-    assert fit_cape_head(again, batches, epochs=5, path=path, **settings) == expected
-    assert torch.equal(again.head.weight, whole.head.weight)
-
-
 def test_a_cached_fit_runs_the_backbone_once(model, batches):
     """What that saves in time is measured in tests/benchmarks/cape_fit.py."""
     calls = []
@@ -122,33 +84,6 @@ def test_a_cached_fit_runs_the_backbone_once(model, batches):
     fit_cape_head(model, batches, **QUIET, epochs=2)
     assert len(calls) == 3 * len(batches)
     handle.remove()
-
-
-def test_the_cache_serves_every_image_once_per_epoch(model, batches):
-    uncached = fit_cape_head(copy.deepcopy(model), batches, epochs=1, lr=1e-12, **QUIET)
-    # A one-shot iterator will do, since it is read once.
-    cached = fit_cape_head(model, iter(batches), epochs=2, lr=1e-12, cache=True, **QUIET)
-    for name in ("loss", "agreement", "confidence"):
-        assert getattr(cached, name) == pytest.approx(getattr(uncached, name) * 2, rel=1e-5)
-
-
-def test_the_cache_is_shuffled_anew_every_epoch():
-    features, logits = torch.arange(10.0).reshape(10, 1, 1, 1), torch.arange(10.0)[:, None]
-    cache = FeatureCache([(features[:4], logits[:4]), (features[4:], logits[4:])])
-    orders = []
-    for epoch in (0, 1, 1):
-        batches = list(cache.shuffled(epoch))
-        assert [len(f) for f, _ in batches] == [4, 4, 2]
-        assert len(cache) == 3
-        assert all(torch.equal(f.flatten(), t.flatten()) for f, t in batches)
-        orders.append(torch.cat([f for f, _ in batches]).flatten().tolist())
-        assert sorted(orders[-1]) == list(range(10))
-    assert orders[0] != orders[1] == orders[2]
-
-
-def test_loaders_of_images_alone_and_other_dtypes(model, batches):
-    fit_cape_head(model, [images.double() for images, _ in batches], epochs=1, **QUIET)
-    fit_cape_head(model, [[images, y, "name"] for images, y in batches], epochs=1, **QUIET)
 
 
 class StopsAt:
@@ -172,12 +107,12 @@ def test_ctrl_c_leaves_a_usable_head(model, batches, tmp_path):
     path = tmp_path / "head.pt"
     loader = StopsAt(batches, 3, KeyboardInterrupt())
     with pytest.warns(UserWarning, match="stopped after 2 of 9 epochs"):
-        history = fit_cape_head(model, loader, epochs=9, lr=0.05, path=path, **QUIET)
+        history = fit_cape_head(model, loader, epochs=9, lr=0.05, checkpoint=path, **QUIET)
     assert history.interrupted
     assert len(history.loss) == 2
     assert torch.isfinite(model(batches[0][0])).all()
     assert all(module.training for module in model.modules())
-    history = fit_cape_head(model, batches, epochs=3, lr=0.05, path=path, **QUIET)
+    history = fit_cape_head(model, batches, epochs=3, lr=0.05, checkpoint=path, **QUIET)
     assert len(history.loss) == 3
     assert not history.interrupted
 
@@ -198,113 +133,6 @@ def test_a_diverging_fit_is_stopped(model, batches):
     assert_unchanged(model, state)
 
 
-def test_a_failed_write_leaves_the_old_checkpoint(model, batches, tmp_path, monkeypatch):
-    path = tmp_path / "head.pt"
-    fit_cape_head(model, batches, epochs=1, path=path, **QUIET)
-    before = path.read_bytes()
-    real = torch.save
-
-    def full_disk(state, file):
-        file.write(b"half")
-        raise OSError("no space left")
-
-    monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(OSError, match="no space"):
-        fit_cape_head(model, batches, epochs=2, path=path, **QUIET)
-    monkeypatch.setattr(torch, "save", real)
-    assert path.read_bytes() == before
-    assert [p.name for p in tmp_path.iterdir()] == ["head.pt"]
-
-
-def write_other_class_count(path, model, batches):
-    other = with_cape_head(small_network(classes=4))
-    fit_cape_head(other, batches, epochs=1, path=path, **QUIET)
-
-
-def write_other_classifier(path, model, batches):
-    fit_cape_head(with_cape_head(small_network()), batches, epochs=1, path=path, **QUIET)
-
-
-def write_half(path, model, batches):
-    fit_cape_head(copy.deepcopy(model), batches, epochs=1, path=path, **QUIET)
-    path.write_bytes(path.read_bytes()[:700])
-
-
-def write_other_settings(path, model, batches):
-    fit_cape_head(copy.deepcopy(model), batches, epochs=1, lr=0.5, path=path, **QUIET)
-
-
-class Malicious:
-    def __reduce__(self):
-        return (exec, ("raise SystemExit('code was run')",))
-
-
-@pytest.mark.parametrize(
-    ("write", "message"),
-    [
-        (write_other_class_count, r"head of another size: weight is \(4, 8\) there, \(3, 8\) here"),
-        (write_other_classifier, "another classifier's weights"),
-        (write_half, "half-written"),
-        (write_other_settings, r"lr=0\.5"),
-        (lambda path, *_: path.write_bytes(b""), "half-written"),
-        (lambda path, *_: path.write_text("hello"), "half-written"),
-        (lambda path, *_: torch.save(Malicious(), path), "cannot be read"),
-        (lambda path, model, _: torch.save(model.head.state_dict(), path), "not written by"),
-        (lambda path, *_: torch.save(torch.ones(2), path), "not written by"),
-    ],
-)
-def test_foreign_and_damaged_checkpoints_are_refused(model, batches, tmp_path, write, message):
-    path = tmp_path / "head.pt"
-    write(path, model, batches)
-    content = path.read_bytes()
-    state = state_of(model)
-    with pytest.raises(ValueError, match=message) as caught:
-        fit_cape_head(model, batches, epochs=3, path=path, **QUIET)
-    assert "another path" in str(caught.value)
-    assert_unchanged(model, state)
-    assert path.read_bytes() == content
-    assert all(module.training for module in model.modules())
-
-
-def test_paths_that_cannot_be_written_are_refused_before_work(model, batches, tmp_path):
-    for path, message in ((tmp_path, "is a folder"), (tmp_path / "no" / "x.pt", "create it")):
-        with pytest.raises(ValueError, match=message):
-            fit_cape_head(model, batches, epochs=1, path=path, **QUIET)
-
-
-images = torch.randn(4, 1, 6, 6)
-nan_images = images.clone()
-nan_images[2, 0, 1, 1] = float("nan")
-
-
-@pytest.mark.parametrize(
-    ("loader", "error", "message"),
-    [
-        ([], ValueError, "loader is empty"),
-        ([images, nan_images], ValueError, "batch 1 of the loader: images hold NaN"),
-        ([images / 0], ValueError, "NaN or infinity"),
-        ([images[0]], ValueError, "DataLoader"),
-        ([images[:0]], ValueError, "DataLoader"),
-        ([images.expand(4, 3, 6, 6)], ValueError, "did not accept images of shape"),
-        ([images.to(torch.uint8)], TypeError, r"images\.float\(\) / 255"),
-        ([{"image": images}], TypeError, r"yield images or \(images, labels\)"),
-        ([()], TypeError, "yield images"),
-        ([images, torch.randn(4, 1, 8, 8)], ValueError, "cannot share a cache"),
-    ],
-)
-@pytest.mark.parametrize("cache", [False, True])
-def test_bad_loaders_are_refused(model, loader, error, message, cache):
-    if "cache" in message and not cache:
-        fit_cape_head(model, loader, epochs=1, **QUIET)  # sizes may vary without a cache
-        return
-    state = state_of(model)
-    with pytest.raises(error, match=message):
-        fit_cape_head(model, loader, epochs=2, cache=cache, **QUIET)
-    assert_unchanged(model, state)
-    assert all(module.training for module in model.modules())
-    assert all(p.grad is None and p.requires_grad for p in model.parameters())
-
-
 def test_an_iterator_is_refused_before_its_first_epoch(model, batches):
     state = state_of(model)
     loader = iter(batches)
@@ -317,15 +145,15 @@ def test_an_iterator_is_refused_before_its_first_epoch(model, batches):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"epochs": 0}, "epochs is 0"),
+        ({"epochs": 0}, "epochs must be a whole number, at least 1, not 0"),
         ({"epochs": 1.5}, "whole number"),
-        ({"lr": 0.0}, "lr is"),
-        ({"lr": float("nan")}, "lr is"),
-        ({"momentum": 1.0}, "momentum"),
-        ({"weight_decay": -1.0}, "weight_decay"),
-        ({"step_size": 0}, "step_size"),
-        ({"gamma": 0.0}, "gamma"),
-        ({"temperature": 0.0}, "temperature"),
+        ({"lr": 0.0}, r"lr must be above 0, not 0\.0"),
+        ({"lr": float("nan")}, "lr must be above 0, not nan"),
+        ({"momentum": 1.0}, r"momentum must be in \[0, 1\)"),
+        ({"weight_decay": -1.0}, "weight_decay must be at least 0"),
+        ({"step_size": 0}, "step_size must be a whole number"),
+        ({"gamma": 0.0}, r"gamma must be in \(0, 1\]"),
+        ({"temperature": 0.0}, "temperature must be above 0"),
     ],
 )
 def test_bad_settings_are_refused(model, batches, setting, message):

@@ -85,10 +85,10 @@ def test_half_precision_logits_give_a_float32_loss():
         ({"logits": torch.randn(3, 5)}, ValueError, r"\[3, 4\]"),
         ({"logits": torch.randn(2, 4)}, ValueError, r"\[3, 4\]"),
         ({"features": torch.randn(3, 6, 5)}, ValueError, "unsqueeze"),
-        ({"alpha": -1.0}, ValueError, "weights >= 0"),
+        ({"alpha": -1.0}, ValueError, "at least 0 and not both 0.* not -1.0, 1.0 and 2.0"),
         ({"alpha": 0.0, "beta": 0.0}, ValueError, "not both 0"),
-        ({"beta": float("nan")}, ValueError, "weights >= 0"),
-        ({"temperature": 0.0}, ValueError, "> 0"),
+        ({"beta": float("nan")}, ValueError, "at least 0 and not both 0.* not 1.0, nan and"),
+        ({"temperature": 0.0}, ValueError, "temperature above 0, not 1.0, 1.0 and 0.0"),
     ],
 )
 def test_bad_input_is_refused(change, error, message):

@@ -76,7 +76,7 @@ def test_other_checkpoints_are_refused():
         head_state_from_release(CapeHead(16, 5).state_dict())
     state = released_state()
     state["classifiers.cape.2.bias"] = torch.randn(4)
-    with pytest.raises(ValueError, match=r"expected \[5\]"):
+    with pytest.raises(ValueError, match=r"bias must be \[5\], not 4 values"):
         head_state_from_release(state)
     state = released_state()
     state["t2.T"] = torch.randn(2)

@@ -1,4 +1,4 @@
-"""The protocol of the CAPE paper for a classifier's maps; one value an image.
+"""The protocol of the CAPE paper for a classifier's maps; one value per image.
 
 ``Y`` is the confidence in the explained class on the image, ``O`` on the image times its map, ``D``
 on the image times one minus its map; maps are scaled to [0, 1] first.

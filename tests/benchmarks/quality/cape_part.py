@@ -130,12 +130,12 @@ def _pick(maps: Tensor, targets: Tensor) -> Tensor:
 
 def _cape(model: CapeModel, images: Tensor, targets: Tensor) -> Tensor:
     with torch.no_grad():
-        return _pick(model.head.contributions(model.features(images)), targets)
+        return _pick(model.head.probability_maps(model.features(images)), targets)
 
 
 def _mu_cape(model: CapeModel, images: Tensor, targets: Tensor) -> Tensor:
     with torch.no_grad():
-        return _pick(model.head.relative(model.features(images)), targets)
+        return _pick(model.head.relative_maps(model.features(images)), targets)
 
 
 def _cam(model: CapeModel, images: Tensor, targets: Tensor) -> Tensor:
