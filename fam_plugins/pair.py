@@ -58,7 +58,7 @@ def explain_pair(
     contrast: Tensor | None = None,
     difference: bool = False,
     embedding: Literal["model", "pooled"] = "model",
-    reshape_transform: Transform | str | None = None,
+    reshape_transform: Transform | str | None = "auto",
     return_convergence_delta: bool = False,
 ) -> PairExplanation:
     """Explain the similarity of two images in both of them, from one forward pass of each.
@@ -87,8 +87,8 @@ def explain_pair(
         difference: Also explain what separates the two.
         embedding: ``"model"``: what the encoder returns. ``"pooled"``: the mean of the layer's map
             over its regions, whatever head follows: what contrastive models are evaluated on.
-        reshape_transform: Rearranges what the layer gives into ``[B, C, h, w]``, for tokens and
-            channels-last layers; ``"auto"`` infers it, as in :class:`~fam_plugins.LayerFam`.
+        reshape_transform: Rearranges what the layer gives into ``[B, C, h, w]``, as in
+            :class:`~fam_plugins.LayerFam`.
         return_convergence_delta: Also return how far each map is from adding up, at the price of
             a second forward pass of each image. For rules that add up, such as ``"additive"``.
 
@@ -198,8 +198,12 @@ def _apart(how: Similarity, own: Tensor, others: Tensor) -> Callable[[Tensor], T
 
 def _check_batches(a: Tensor, b: Tensor) -> None:
     for name, images in (("a", a), ("b", b)):
-        if not isinstance(images, Tensor):
-            raise TypeError(f"{name} must be a tensor of images, not {type(images).__name__}")
+        if not isinstance(images, Tensor) or not images.is_floating_point():
+            kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
+            raise TypeError(
+                f"{name} must be a tensor of images in floating point, not {kind}: scale and "
+                "normalise them as in training (images.float() / 255 for bytes)"
+            )
         if images.dim() < 2 or len(images) == 0:
             raise ValueError(
                 f"{name} has shape {tuple(images.shape)}: pass at least one image, [B, C, H, W]; a "

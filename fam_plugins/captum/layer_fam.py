@@ -43,10 +43,11 @@ class LayerFam(LayerAttribution):
             ``"fam"`` (published; channel weights in [0, 1], no ReLU), or a
             :class:`~fam_plugins.Rule`. Left out, ``"fam"`` with a warning, because it hardly
             depends on the target.
-        reshape_transform: Rearranges what the layer gives into ``[B, C, ...]`` for layers that
-            put channels last: :class:`~fam_plugins.tokens_to_map` for tokens ``[B, T, C]``,
-            :func:`~fam_plugins.channels_last_to_map` for Swin's ``[B, h, w, C]``, or ``"auto"`` to
-            read it from the shapes of the pass (:func:`~fam_plugins.infer_transform`). A
+        reshape_transform: Rearranges what the layer gives into ``[B, C, ...]``. ``"auto"`` reads
+            from the shapes of the pass whether that is needed
+            (:func:`~fam_plugins.infer_transform`); ``None`` takes the layer as it is;
+            :class:`~fam_plugins.tokens_to_map` is for tokens ``[B, T, C]``,
+            :func:`~fam_plugins.channels_last_to_map` for Swin's ``[B, h, w, C]``. A
             function of your own must only move, select or reshape values, because the gradient
             goes through it too; it gets a tuple if the layer gives several tensors.
 
@@ -74,11 +75,11 @@ class LayerFam(LayerAttribution):
         device_ids: list[int] | None = None,
         *,
         rule: str | Rule | None = None,
-        reshape_transform: Transform | str | None = None,
+        reshape_transform: Transform | str | None = "auto",
     ) -> None:
         super().__init__(forward_func, layer, device_ids)
         self.rule: str | Rule = choose_rule(rule)
-        if reshape_transform is not None:
+        if reshape_transform != "auto":
             check_transform(reshape_transform)
         self.reshape_transform = reshape_transform
 

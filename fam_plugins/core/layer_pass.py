@@ -220,7 +220,8 @@ def find_layer(model: object, layer: nn.Module | str | None) -> tuple[nn.Module,
         return layer, next((n for n, m in modules if m is layer), type(layer).__name__)
     if not isinstance(layer, str):
         raise TypeError(
-            f"layer must be a module such as model.layer4, or its name 'layer4', not {layer!r}"
+            "layer must be a module such as model.layer4, or its name 'layer4', not a "
+            f"{type(layer).__name__}"
         )
     if not isinstance(root, nn.Module):
         raise ValueError(

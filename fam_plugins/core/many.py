@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -103,10 +104,12 @@ def as_indices(indices: Any, scores: ModelScores, batch: int, per_chunk: int) ->
             "indices must be a tensor, an array or a nested list of integers [B, k] with rows of "
             f"equal length: {error}"
         ) from error
-    if chosen.is_floating_point() or chosen.is_complex() or chosen.dtype == torch.bool:
+    wrong = chosen.is_floating_point() or chosen.is_complex() or chosen.dtype == torch.bool
+    if wrong or np.ma.isMaskedArray(indices):
+        kind = f"dtype {chosen.dtype}" if wrong else "a mask"
         raise TypeError(
-            f"indices have dtype {chosen.dtype}: pass integers [B, k]; searches return "
-            "(distances, indices), and these may be the distances or a mask"
+            f"indices have {kind}: pass integers [B, k]; searches return (distances, indices), and "
+            "these may be the distances or a mask"
         )
     if chosen.dim() != 2 or chosen.shape[1] == 0:
         raise ValueError(

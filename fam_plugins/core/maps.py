@@ -85,6 +85,9 @@ class MapPass:
         if len(inputs[0]) == 0:
             raise ValueError("the batch is empty: pass at least one image")
         one = self._pass
+        in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        cuda = torch.cuda.get_rng_state_all() if in_use else []
+        self._draws = torch.get_rng_state(), cuda
         with self.frozen():
             output = one.run(forward)
         shape = next((tensor.shape for tensor in inputs if tensor.dim() == 4), None)
@@ -93,7 +96,7 @@ class MapPass:
         ):
             given = [tensor.detach() for tensor in tracked]
             transform = None if isinstance(self._given, str) else self._given
-            if isinstance(self._given, str) and len(given) == 1:
+            if isinstance(self._given, str) and [len(part) for part in given] == [len(inputs[0])]:
                 transform = transform_for(self._model, layer, name, given[0].shape, shape)
             self._transforms.append(transform)
             arranged = self._arranged(index, given)
@@ -175,10 +178,15 @@ class MapPass:
     def constant(self, forward: Callable[[], Tensor]) -> Tensor:
         """The score at layers of zeros, frozen as before: the part that no region can be given.
 
-        Costs a second forward pass: ``forward`` runs the model anew and selects the scores.
+        Costs a second forward pass: ``forward`` runs the model anew and selects the scores. Dropout
+        draws what it drew in the first pass.
         """
         zeros = LayerPass(self._model, self._pass.layers, at_input=self._at_input, zeros=True)
-        with self.replayed():
+        cpu, cuda = self._draws
+        with self.replayed(), torch.random.fork_rng(range(len(cuda))):
+            torch.set_rng_state(cpu)
+            if cuda:
+                torch.cuda.set_rng_state_all(cuda)
             return zeros.run(forward)
 
     def replayed(self) -> AbstractContextManager[object]:

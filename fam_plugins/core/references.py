@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -118,7 +119,7 @@ def gallery_mean(
     count = 0
     with torch.inference_mode(False), torch.no_grad(), eval_mode(encoder):
         for batch in with_progress(loader, "averaging the gallery"):
-            found = embed(encoder, _at_home(_images(batch), encoder))
+            found = embed(encoder, _at_home(_images(batch), encoder, "images of the loader"))
             check_embeddings(found, what="gallery embedding")
             # In float64 on the CPU: a million float32 summands would lose digits, and not every
             # device has float64.
@@ -147,7 +148,7 @@ def embed_once(
         raise ValueError(f"chunk_size must be at least 1, not {chunk_size}")
     # Outside inference mode, so that the result can take part in autograd later on.
     with torch.inference_mode(False), torch.no_grad():
-        given = _at_home(_as_tensor(images_or_embeddings, what), encoder)
+        given = _at_home(_as_tensor(images_or_embeddings, what), encoder, what)
         if given.dim() < 2:
             raise ValueError(
                 f"{what} of shape {tuple(given.shape)}: pass embeddings [N, D] or images "
@@ -169,6 +170,8 @@ def embed_once(
 
 
 def _as_tensor(values: Any, what: str) -> Tensor:
+    if np.ma.isMaskedArray(values):
+        raise TypeError(f"{what} are a masked array: drop the masked rows, or fill them")
     try:
         return torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -178,11 +181,15 @@ def _as_tensor(values: Any, what: str) -> Tensor:
         ) from error
 
 
-def _at_home(given: Tensor, encoder: nn.Module) -> Tensor:
+def _at_home(given: Tensor, encoder: nn.Module, what: str) -> Tensor:
     """The same values where the encoder's weights are, in their floating dtype."""
+    if not given.is_floating_point():
+        raise TypeError(
+            f"{what} are {given.dtype}: pass floating-point embeddings, or images scaled and "
+            "normalised as in training (images.float() / 255 for bytes)"
+        )
     device, dtype = place_of(encoder)
-    own = given.dtype if given.is_floating_point() else torch.get_default_dtype()
-    return given.detach().to(device=device, dtype=dtype or own)
+    return given.detach().to(device=device, dtype=dtype or given.dtype)
 
 
 def _images(batch: Any) -> Tensor:

@@ -236,6 +236,25 @@ class SimilarityModel(nn.Module):
         """
         return self.score(self.embed(images))
 
+    def get_extra_state(self) -> Tensor:
+        """What ``state_dict`` carries beside references: the meaning of the scores, in bytes."""
+        kind = "no" if self.contrast_embeddings is None else "embeddings as"
+        meaning = f"{self.similarity} with {'others as' if self._others else kind} contrast"
+        return torch.tensor(list(meaning.encode()), dtype=torch.uint8, device="cpu")
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Refuse a ``state_dict`` whose scores mean something else.
+
+        Raises:
+            ValueError: If it is of another similarity or kind of contrast.
+        """
+        saved, own = (bytes(part.tolist()).decode() for part in (state, self.get_extra_state()))
+        if saved != own:
+            raise ValueError(
+                f"the state is of a model that scores by {saved}, and this one by {own}: build the "
+                "model as it was saved"
+            )
+
     def extra_repr(self) -> str:
         """Show the number of references, their width, the similarity and the contrast."""
         count, width = self.references.shape

@@ -108,11 +108,11 @@ def infer_transform(
 
     One forward pass in eval mode shows the layer's shape. Tokens need a model around the layer
     that states its patch grid (timm's ``patch_embed`` and ``num_prefix_tokens``, torchvision's
-    ``patch_size`` and ``image_size``); four dimensions are told apart by the shape of the image.
-    What is ambiguous is refused, never guessed.
+    ``patch_size`` and ``image_size``); four dimensions are told apart by the shape of the image,
+    and taken as ``[B, C, h, w]`` where both ends fit it. What fits nothing is refused.
 
-    The explainers of this package do the same without that pass: ``reshape_transform="auto"``.
-    This function serves the partners' own methods.
+    The explainers of this package do the same without that pass: ``reshape_transform="auto"``,
+    their default. This function serves the partners' own methods.
 
     Args:
         model: The model.
@@ -167,24 +167,33 @@ def transform_for(
 ) -> Transform | None:
     """The transform for a layer's shape and the images' shape, both as seen in a pass.
 
-    ``None`` where none is needed: ``[B, C, h, w]``, ``[B, F]``, volumes.
+    ``None`` where none is needed: ``[B, C, h, w]``, ``[B, F]``, volumes, and models of something
+    else than images ``[B, C, H, W]``.
     """
-    size = tuple(images[2:]) if images is not None and len(images) == 4 else None
+    if images is None or len(images) != 4 or len(given) not in (3, 4):
+        return None
+    size = tuple(images[2:])
     if len(given) == 3:
         return _for_tokens(model, layer, name, given[1], size)
-    if len(given) != 4:
+    first, last = _is_grid(given[2:], size), _is_grid(given[1:3], size)
+    second = _puts_channels_second(layer, given)
+    if last and not second and (not first or type(layer) is nn.LayerNorm):
+        return channels_last_to_map
+    if first or second:
         return None
-    seen, problem = f"layer {name!r} gives {tuple(given)}", "the size of the image is not known"
-    if size is not None:
-        first, last = _is_grid(given[2:], size), _is_grid(given[1:3], size)
-        if first != last:
-            return None if first else channels_last_to_map
-        seen += f" for images of {size[0]} x {size[1]} pixels"
-        problem = f"{'either end' if first else 'neither end'} looks like a grid of regions"
     raise ValueError(
-        f"{seen}, and {problem}: pass reshape_transform=channels_last_to_map for [B, h, w, C], or "
-        "None for [B, C, h, w]"
+        f"layer {name!r} gives {tuple(given)} for images of {size[0]} x {size[1]} pixels, and no "
+        "end of it looks like their grid: pass reshape_transform=channels_last_to_map for "
+        "[B, h, w, C], or None for [B, C, h, w]"
     )
+
+
+def _puts_channels_second(layer: nn.Module, given: Sequence[int]) -> bool:
+    """Whether convolutions or batch norms in a layer have as many channels as its 2nd dimension."""
+    convolutions = (nn.Conv2d, nn.ConvTranspose2d)
+    widths = {m.out_channels for m in layer.modules() if isinstance(m, convolutions)}
+    widths |= {m.num_features for m in layer.modules() if isinstance(m, nn.BatchNorm2d)}
+    return given[1] in widths and given[3] not in widths
 
 
 def _is_grid(grid: Sequence[int], size: Sequence[int]) -> bool:
@@ -194,7 +203,7 @@ def _is_grid(grid: Sequence[int], size: Sequence[int]) -> bool:
 
 
 def _for_tokens(
-    model: object, layer: nn.Module, name: str, tokens: int, size: tuple[int, ...] | None
+    model: object, layer: nn.Module, name: str, tokens: int, size: tuple[int, ...]
 ) -> tokens_to_map:
     for owner in _around(model, layer):
         for (h, w), prefix in _grids(owner, size):
@@ -202,8 +211,8 @@ def _for_tokens(
                 if tokens == skip + h * w:
                     return tokens_to_map(h, w, skip=skip)
     raise ValueError(
-        f"layer {name!r} gives {tokens} tokens, and no module around it states their grid (as "
-        f"timm's and torchvision's vision transformers do): {_suggest_grid(tokens, 1)}"
+        f"layer {name!r} gives {tokens} tokens, and no module around it states their grid: "
+        f"{_suggest_grid(tokens, 1)}; reshape_transform=None takes [B, C, regions] as it is"
     )
 
 
@@ -216,14 +225,14 @@ def _around(model: object, layer: nn.Module) -> list[nn.Module]:
     return [m for m in root.modules() if any(part is layer for part in m.modules())][::-1]
 
 
-def _grids(owner: nn.Module, size: tuple[int, ...] | None) -> Iterator[tuple[tuple[int, int], int]]:
+def _grids(owner: nn.Module, size: tuple[int, ...]) -> Iterator[tuple[tuple[int, int], int]]:
     """The patch grids that a module states, the surest first, and its tokens in front of them."""
     embed = getattr(owner, "patch_embed", None)
     if embed is not None:  # timm
         fixed = _pair(getattr(embed, "grid_size", None))
         patch = _pair(getattr(embed, "patch_size", None))
         seen = None
-        if patch is not None and size is not None:
+        if patch is not None:
             up = [p - 1 if getattr(embed, "dynamic_img_pad", False) else 0 for p in patch]
             seen = (size[0] + up[0]) // patch[0], (size[1] + up[1]) // patch[1]
         # A model of fixed size knows its grid even behind a wrapper that resizes; one that takes

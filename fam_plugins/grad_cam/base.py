@@ -47,8 +47,9 @@ class OnePassCAM(BaseCAM):
     ) -> None:
         # BaseCAM's constructor leaves its model in eval mode for good, hooks it for good, and asks
         # for a first parameter. A stand-in takes all three; the attributes are set below.
+        stand_in = nn.ParameterList([nn.Parameter(torch.empty(0))])
         super().__init__(
-            model=nn.Linear(1, 1), target_layers=[], reshape_transform=None, uses_gradients=False
+            model=stand_in, target_layers=[], reshape_transform=None, uses_gradients=False
         )
         self.model = model
         self.target_layers = target_layers
@@ -193,6 +194,12 @@ def to_numpy(tensor: Tensor) -> np.ndarray:
 
 def check_images(images: Tensor) -> None:
     """Refuse what is no batch of images or volumes."""
+    if not isinstance(images, Tensor) or not images.is_floating_point():
+        kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
+        raise TypeError(
+            f"input_tensor is {kind}: pass a floating-point tensor, scaled and normalised as in "
+            "training (torch.as_tensor(images).float() / 255 for bytes)"
+        )
     if images.dim() not in (4, 5):
         raise ValueError(
             f"input_tensor has shape {tuple(images.shape)}: pass images [B, C, H, W] or "

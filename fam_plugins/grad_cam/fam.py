@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,11 +38,11 @@ class FAM(OnePassCAM):
     Args:
         model: The model to explain.
         target_layers: The layers whose maps are averaged; modules, or their names.
-        reshape_transform: Rearranges what a layer gives into ``[B, C, h, w]``:
-            :class:`~fam_plugins.tokens_to_map` for tokens ``[B, T, C]``,
-            :func:`~fam_plugins.channels_last_to_map` for Swin's ``[B, h, w, C]``, or ``"auto"`` to
-            read it from the shapes of the pass, layer by layer
-            (:func:`~fam_plugins.infer_transform`).
+        reshape_transform: Rearranges what a layer gives into ``[B, C, h, w]``. ``"auto"`` reads
+            from the shapes of the pass, layer by layer, whether that is needed
+            (:func:`~fam_plugins.infer_transform`); ``None`` takes layers as they are;
+            :class:`~fam_plugins.tokens_to_map` is for tokens ``[B, T, C]``,
+            :func:`~fam_plugins.channels_last_to_map` for Swin's ``[B, h, w, C]``.
         rule: ``"centred"`` (the best rule for finding what matches), ``"additive"``,
             ``"gradcam"``, ``"fam"`` (published), or a :class:`~fam_plugins.Rule`. Left out,
             ``"fam"`` with a warning, because it hardly depends on the target.
@@ -73,12 +73,12 @@ class FAM(OnePassCAM):
         self,
         model: nn.Module,
         target_layers: Sequence[nn.Module | str],
-        reshape_transform: Callable[[Any], Tensor] | str | None = None,
+        reshape_transform: Callable[[Any], Tensor] | str | None = "auto",
         *,
         rule: str | Rule | None = None,
     ) -> None:
         self.rule: str | Rule = choose_rule(rule)
-        if reshape_transform is not None:
+        if reshape_transform != "auto":
             check_transform(reshape_transform)
         if not isinstance(target_layers, (list, tuple)):
             raise TypeError(
@@ -162,9 +162,20 @@ class FAM(OnePassCAM):
 
 def _scores(outputs: Any, targets: Sequence[Target]) -> Tensor:
     """The score that each target returns for its image, ``[B]``."""
+    if isinstance(outputs, Mapping):
+        raise TypeError(
+            f"the model returns a {type(outputs).__name__} of {', '.join(map(str, outputs))}: wrap "
+            "it in a module whose forward picks one tensor out of it"
+        )
     scores = []
     for target, output in zip(targets, outputs, strict=True):
-        value = target(output)
+        try:
+            value = target(output)
+        except IndexError as error:
+            shape = tuple(getattr(output, "shape", ()))
+            raise IndexError(
+                f"target {target!r} does not fit the model's output of shape {shape} per image"
+            ) from error
         if not isinstance(value, Tensor) or value.numel() != 1:
             shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(

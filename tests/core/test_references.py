@@ -88,7 +88,25 @@ def test_follows_the_encoder_in_device_and_dtype():
     assert place_of(nn.Flatten()) == (None, None)
     rows = embed_once(encoder(), np.eye(6), "references", 8)
     assert rows.dtype == torch.float32
-    assert embed_once(nn.Flatten(), torch.eye(2, dtype=torch.int64), "r", 8).is_floating_point()
+    assert embed_once(nn.Flatten(), torch.eye(2).half(), "r", 8).dtype == torch.float16
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            torch.zeros(2, 3, 4, 4, dtype=torch.uint8),
+            r"references are torch.uint8.*\.float\(\) / 255",
+        ),
+        (torch.eye(2, dtype=torch.int64), "references are torch.int64"),
+        (torch.eye(2, dtype=torch.bool), "references are torch.bool"),
+        (torch.eye(2, dtype=torch.complex64), "references are torch.complex64"),
+        (np.ma.masked_array(np.eye(2), mask=np.eye(2)), "are a masked array: drop the masked rows"),
+    ],
+)
+def test_what_would_be_converted_in_silence_is_refused(given, message):
+    with pytest.raises(TypeError, match=message):
+        embed_once(encoder(), given, "references")
 
 
 def test_embeddings_made_in_inference_mode_can_be_used_with_gradient():

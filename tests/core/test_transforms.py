@@ -163,10 +163,7 @@ def test_timm_is_inferred(name, settings, size, layer, expected):
 @pytest.mark.parametrize(
     ("given", "images", "message"),
     [
-        ((2, 8, 8, 8), (2, 3, 32, 32), "either end"),
-        ((2, 3, 197, 64), (2, 3, 224, 224), "neither end"),
-        ((2, 8, 8, 96), None, "size of the image is not known"),
-        ((2, 8, 8, 96), (2, 100), "size of the image is not known"),
+        ((2, 3, 197, 64), (2, 3, 224, 224), "no end of it looks like their grid"),
         ((2, 197, 64), (2, 3, 224, 224), r"197 = 1 \+ 14 x 14"),
     ],
 )
@@ -180,6 +177,9 @@ def test_a_doubt_is_refused(given, images, message):
     ("given", "images", "expected"),
     [
         ((2, 64), (2, 3, 8, 8), None),
+        ((2, 8, 8, 8), (2, 3, 32, 32), None),  # both ends fit: taken as it is
+        ((2, 8, 8, 96), None, None),  # not of images
+        ((2, 8, 8, 96), (2, 100), None),
         ((2, 4, 3, 3, 3), (2, 3, 8, 8, 8), None),
         ((2, 512, 7, 10), (2, 3, 224, 320), None),
         ((2, 7, 10, 512), (2, 3, 224, 320), channels_last_to_map),
@@ -247,7 +247,16 @@ def test_patches_that_the_score_does_not_read_are_refused(transform):
         LayerFam(net, net.encoder, reshape_transform=transform).attribute(IMAGES, 1)
     with pytest.raises(ValueError, match=r"class token.*blocks\[-1\].norm1"):
         FAM(net, [net.encoder], transform)(IMAGES, [ClassifierOutputTarget(1)] * 2)
-    LayerFam(net, net.encoder).attribute(IMAGES, 1)
+    LayerFam(net, net.encoder, reshape_transform=None).attribute(IMAGES, 1)
+
+
+def test_modules_of_known_layout_are_believed():
+    """A spectrogram's map of another shape than the image, and a Swin as wide as it is high."""
+    strided = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU())
+    assert transform_for(strided, strided, "0", (2, 16, 32, 64), (2, 3, 128, 512)) is None
+    norm = nn.LayerNorm(8)
+    found = transform_for(norm, norm, "norm", (2, 8, 8, 8), (2, 3, 32, 32))
+    assert found is channels_last_to_map
 
 
 @pytest.mark.parametrize(

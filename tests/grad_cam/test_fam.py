@@ -113,7 +113,7 @@ class TestResult:
         for wrong in (lambda t: t, lambda t: t.flatten(), lambda t: [t]):
             with pytest.raises(ValueError, match="reshape_transform gives"):
                 FAM(net, [net.tokens], wrong)(IMAGES, target)
-        with pytest.raises(ValueError, match="layer 'tokens' gives.*pass a reshape_transform"):
+        with pytest.raises(ValueError, match="layer 'tokens' gives 20 tokens.*pass tokens_to_map"):
             FAM(net, [net.tokens])(IMAGES, target)
 
 
