@@ -196,8 +196,8 @@ class MapPass:
     def warn(self) -> None:
         """Warn of embeddings of zeros, and of the published rule with a contrast set."""
         batch = len(self.activations[0][0])
-        zero = torch.cat(self._noted.zero)[:batch] if self._noted.zero else torch.zeros(0)
-        if zero.any():
+        zero = torch.cat(self._noted.zero)[:batch] if self._noted.zero else None
+        if zero is not None and zero.any():
             rows = ", ".join(map(str, zero.nonzero().flatten().tolist()))
             warn_user(
                 f"embedding row {rows} is all zero (a black or masked image?): it has no "
