@@ -31,13 +31,15 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
         >>> dropout.training
         True
     """
-    parts = list(module.modules())
     with _lock:
+        # What is in eval mode by itself stays there, whoever comes and goes.
+        parts = [part for part in module.modules() if part.training or part in _held]
         for part in parts:
             count, own = _held.get(part, (0, part.training))
             _held[part] = count + 1, own
     try:
-        module.eval()
+        if parts:
+            module.eval()
         yield
     finally:
         with _lock:

@@ -62,12 +62,12 @@ def unit_length(vectors: Tensor, at: Tensor | None = None) -> Tensor:
     A row of zeros stays zero, with a gradient of zero.
     """
     at = vectors if at is None else at
-    # By the largest value first: squares of float32 leave its range beyond 1e-22 and 1e19.
-    largest = at.detach().abs().amax(dim=1, keepdim=True)
-    some = largest > 0
-    scale = torch.where(some, largest, torch.ones_like(largest))
-    length = torch.linalg.vector_norm(at / scale, dim=1, keepdim=True)
-    return vectors / scale / torch.where(some, length, scale) * some
+    # By the largest value first: squares of float32 leave its range beyond 1e-22 and 1e19. Divided
+    # by infinity, a row of zeros and its gradient are zero.
+    scale = at.detach().abs().amax(dim=1, keepdim=True)
+    scale = scale.masked_fill(scale == 0, float("inf"))
+    length: Tensor = torch.linalg.vector_norm(at / scale, dim=1, keepdim=True).clamp_min(1)
+    return vectors / scale / length
 
 
 def _distance(embeddings: Tensor, references: Tensor) -> Tensor:

@@ -176,11 +176,12 @@ def transform_for(
     if len(given) == 3:
         return _for_tokens(model, layer, name, given[1], size)
     first, last = _is_grid(given[2:], size), _is_grid(given[1:3], size)
-    second = _puts_channels_second(layer, given)
-    if last and not second and (not first or type(layer) is nn.LayerNorm):
-        return channels_last_to_map
-    if first or second:
+    if first and not (last and type(layer) is nn.LayerNorm):
         return None
+    if _puts_channels_second(layer, given):
+        return None
+    if last:
+        return channels_last_to_map
     raise ValueError(
         f"layer {name!r} gives {tuple(given)} for images of {size[0]} x {size[1]} pixels, and no "
         "end of it looks like their grid: pass reshape_transform=channels_last_to_map for "
