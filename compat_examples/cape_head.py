@@ -209,6 +209,13 @@ def main():
     draw(model, images[hardest].cpu(), int(labels[hardest]), path)
     print(f"wrote {path}")
 
+    assert accuracy > 0.9, f"the classifier is too weak to explain: {accuracy:.1%}"
+    assert same > 0.9, f"the fitted head agrees with the classifier on {same:.1%} only"
+    worst = max(adapter_error, sum_error, large_error)
+    assert worst < 1e-4, f"a map of probabilities misses its probability by {worst:.1e}"
+    least = min(float(part.min()) for part in (shown, maps, large))
+    assert least >= 0, f"a map holds a negative probability: {least:.1e}"
+
 
 if __name__ == "__main__":
     main()
