@@ -221,6 +221,20 @@ def test_a_model_without_a_class_token_has_none_to_skip():
     assert owner.transform(17, (32, 32)) == tokens_to_map(4, 4, skip=1)
 
 
+@pytest.mark.parametrize("patch", [0, -1, "16", (None, None), (8,), 1.5])
+def test_what_states_no_size_is_no_grid(patch):
+    """Names such as patch_size mean something else elsewhere, and that is no reason to crash."""
+    for owner in (
+        Owner(patch_size=patch, image_size=32),
+        Owner(patch_size=8, image_size=patch),
+        Owner(patch_embed=Embed(patch, patch), num_prefix_tokens=None),
+    ):
+        with pytest.raises(ValueError, match=r"pass tokens_to_map\(4, 4, skip=1\)"):
+            owner.transform(17, (32, 32))
+    owner = Owner(patch_embed=Embed(patch, 8), num_prefix_tokens=None)
+    assert owner.transform(16, (32, 32)) == tokens_to_map(4, 4, skip=0)
+
+
 def test_a_model_of_fixed_size_knows_its_grid_and_one_of_any_size_that_of_the_image():
     """As many patches either way: a wrapper resizes 16 x 64 pixels to the 32 x 32 of the model."""
     for dynamic, expected in ((False, (4, 4)), (True, (2, 8))):
