@@ -36,7 +36,7 @@ def by_loops(rule: str, activations: torch.Tensor, gradients: torch.Tensor) -> t
             low, high = min(shares), max(shares)
             for k in range(channels):
                 if rule == "fam":
-                    w = (shares[k] - low) / (high - low) if high > low else 1.0
+                    w = (shares[k] - low) / (high - low) if high > low else float(low != 0)
                     row = [w * value for value in a[k]]
                 elif rule == "gradcam":
                     w = sum(g[k]) / regions
