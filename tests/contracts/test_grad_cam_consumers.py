@@ -115,10 +115,13 @@ def test_arcc():
     except ImportError:
         pytest.skip("this grad-cam has no ARCC")
     model = similarity_model()
-    cam = FAM(model, ["last"])
-    arcc = ARCC(base_method=cam, road_percentiles=[20, 60])
-    values = arcc(IMAGES, cam(IMAGES, TARGETS), TARGETS, model)
-    assert np.isfinite(np.asarray(values)).all()
+    found = []
+    for cam in (FAM(model, ["last"], rule="gradcam"), GradCAM(model, [model.encoder.last])):
+        arcc = ARCC(base_method=cam, road_percentiles=[20, 60])
+        cams = cam(IMAGES, TARGETS)
+        found.append(arcc.coherency(IMAGES, cams, TARGETS, model, cam))
+        assert np.isfinite(arcc(IMAGES, cams, TARGETS, model)).all()
+    np.testing.assert_allclose(*found, atol=1e-4)
 
 
 def test_metrics_take_similarity_targets_on_a_bare_encoder():

@@ -68,7 +68,6 @@ SCORES = of(
      "torch.isfinite(embeddings.detach().sum(1))"),
     ("if len(embeddings) != len(images):", "if len(embeddings) > len(images):"),
     ("(embeddings.detach() == 0).all(dim=1)", "(embeddings.detach() == 0).any(dim=1)"),
-    (" and not frozen.replaying:", ":"),
 )  # fmt: skip
 
 REFERENCES = of(
