@@ -156,6 +156,33 @@ def test_one_forward_pass_of_each_and_nothing_left_behind():
     before.assert_unchanged(net)
 
 
+@pytest.mark.parametrize("embedding", ["model", "pooled"])
+@pytest.mark.parametrize("contrast", [None, ROWS, B], ids=["none", "rows", "images"])
+def test_an_encoder_in_training_runs_in_eval_mode_and_is_given_back(embedding, contrast):
+    options = {"embedding": embedding, "contrast": contrast, "return_convergence_delta": True}
+    expected = explain_pair(encoder(), "last", A, B, **options)
+    net = encoder().train()
+    before = State.of(net)
+    pair = explain_pair(net, "last", A, B, **options)
+    before.assert_unchanged(net)
+    for name in ("map_a", "map_b", "score", "delta_a", "delta_b"):
+        assert torch.equal(getattr(pair, name), getattr(expected, name))
+
+
+def test_a_function_of_the_user_with_a_contrast():
+    def bent(z, t):
+        return (z @ t.T).tanh()
+
+    net = encoder()
+    pair = explain_pair(net, "last", A, B, similarity=bent, contrast=ROWS, rule="gradcam")
+    torch.testing.assert_close(pair.score, bent(net(A), net(B)).diagonal().detach())
+    model = SimilarityModel(net, net(B), similarity=bent, contrast=ROWS)
+    expected = LayerFam(model, "last", rule="gradcam").attribute(A, [0, 1, 2])
+    torch.testing.assert_close(pair.map_a, expected, rtol=1e-5, atol=1e-6)
+    plain = explain_pair(net, "last", A, B, similarity=bent, rule="gradcam")
+    assert (pair.map_a - plain.map_a).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_dtypes_agree(dtype):
     expected = explain_pair(encoder(), "last", A, B)
@@ -164,8 +191,11 @@ def test_other_dtypes_agree(dtype):
             encoder().to(dtype), "last", A.to(dtype), B.to(dtype), embedding=embedding
         )
         assert pair.map_a.dtype == pair.score.dtype == dtype
-        gap = (pair.map_a.float() - expected.map_a).abs().max() / expected.map_a.abs().max()
-        assert gap < 0.1
+        allowed = {torch.float64: 1e-5, torch.float16: 0.01, torch.bfloat16: 0.1}[dtype]
+        for name in ("map_a", "map_b", "score"):
+            wanted = getattr(expected, name)
+            gap = (getattr(pair, name).float() - wanted).abs().max() / wanted.abs().max()
+            assert gap < allowed
 
 
 @pytest.mark.parametrize(
@@ -223,6 +253,33 @@ class TestTransform:
         expected = explain_pair(net, "conv", a, b, **options)
         for name in ("map_a", "map_b", "score", "difference_a", "difference_b"):
             torch.testing.assert_close(getattr(ours, name), getattr(expected, name))
+
+    def test_images_as_contrast_are_laid_out_alike(self):
+        net = self.ChannelsLast().eval()
+        a, b, contrast = torch.randn(3, 2, 3, 7, 9).unbind()
+        for transform in ("auto", lambda t: t.permute(0, 3, 1, 2)):
+            ours = explain_pair(
+                net, "last", a, b,
+                embedding="pooled", contrast=contrast, reshape_transform=transform,
+            )  # fmt: skip
+            expected = explain_pair(net, "conv", a, b, contrast=net(contrast).detach())
+            torch.testing.assert_close(ours.map_a, expected.map_a)
+
+    def test_a_transform_that_leaves_no_regions_is_refused(self):
+        net = self.ChannelsLast().eval()
+        a, b = torch.randn(2, 2, 3, 7, 9).unbind()
+        with pytest.raises(ValueError, match=r"gives \(2, 6\) for 2 images, not \[2, C, h, w\]"):
+            explain_pair(net, "last", a, b, reshape_transform=lambda t: t.mean(dim=(1, 2)))
+
+    def test_patches_that_the_embedding_does_not_read_are_refused(self):
+        class FirstToken(nn.Module):
+            def forward(self, tokens):
+                return tokens[:, 0]
+
+        net = nn.Sequential(nn.Flatten(2), nn.Identity(), FirstToken())
+        a, b = torch.rand(2, 2, 5, 4, 5).unbind()
+        with pytest.raises(ValueError, match="only through what the transform drops"):
+            explain_pair(net, "1", a, b, reshape_transform=lambda t: t[:, 1:].mT[:, :, None])
 
     def test_a_wrong_shape_is_refused(self):
         net = self.ChannelsLast().eval()

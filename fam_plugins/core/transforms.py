@@ -238,9 +238,10 @@ def _grids(owner: nn.Module, size: tuple[int, ...]) -> Iterator[tuple[tuple[int,
             seen = (size[0] + up[0]) // patch[0], (size[1] + up[1]) // patch[1]
         # A model of fixed size knows its grid even behind a wrapper that resizes; one that takes
         # every size has the grid of what it was given.
+        prefix = getattr(owner, "num_prefix_tokens", 0)
         for grid in (seen, fixed) if getattr(owner, "dynamic_img_size", False) else (fixed, seen):
             if grid is not None:
-                yield grid, int(getattr(owner, "num_prefix_tokens", 0))
+                yield grid, prefix if isinstance(prefix, int) else 0
         return
     patch, image = _pair(getattr(owner, "patch_size", None)), getattr(owner, "image_size", None)
     image = _pair(image)
@@ -250,11 +251,11 @@ def _grids(owner: nn.Module, size: tuple[int, ...]) -> Iterator[tuple[tuple[int,
 
 
 def _pair(value: object) -> tuple[int, int] | None:
-    if isinstance(value, int):
-        return value, value
-    if isinstance(value, (tuple, list)) and len(value) == 2:
-        return int(value[0]), int(value[1])
-    return None
+    """Two sizes as a module states them; ``None`` for what is none, such as a patch of 0."""
+    pair = (value, value) if isinstance(value, int) else value
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        return None
+    return tuple(pair) if all(isinstance(n, int) and n > 0 for n in pair) else None
 
 
 def _suggest_grid(tokens: int, skip: int) -> str:

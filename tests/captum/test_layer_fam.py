@@ -19,11 +19,17 @@ IMAGES = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 def test_takes_the_arguments_of_layer_grad_cam_in_their_order():
-    for method in ("__init__", "attribute"):
+    own = {
+        "__init__": ["rule", "reshape_transform"],
+        "attribute": ["return_convergence_delta"],
+    }
+    for method in own:
         ours = list(inspect.signature(getattr(LayerFam, method)).parameters.values())
         theirs = list(inspect.signature(getattr(LayerGradCam, method)).parameters.values())
         assert [p.name for p in ours[: len(theirs)]] == [p.name for p in theirs]
-        assert all(p.kind is p.KEYWORD_ONLY for p in ours[max(len(theirs), 8) :])
+        assert all(p.kind is p.POSITIONAL_OR_KEYWORD for p in ours[: len(theirs)])
+        assert [p.name for p in ours[len(theirs) :]] == own[method]
+        assert all(p.kind is p.KEYWORD_ONLY for p in ours[len(theirs) :])
     assert issubclass(LayerFam, LayerAttribution)
     assert LayerFam.get_name() == "Layer Fam"
     assert hasattr(LayerFam.attribute, "__wrapped__")
@@ -126,6 +132,10 @@ def test_inputs_and_further_arguments_as_captum_passes_them():
     maps = explainer.attribute((IMAGES, IMAGES), 1, additional_forward_args=(2.0, 1.0))
     expected = 2 * LayerFam(net, net.last, rule="additive").attribute(2 * IMAGES, 1)
     torch.testing.assert_close(maps, expected)
+    many = explainer.attribute_references(
+        (IMAGES, IMAGES), [[1, 2]] * 3, additional_forward_args=(2.0, 1.0)
+    )
+    torch.testing.assert_close(many[:, 0], expected)
     with pytest.raises(TypeError, match="must be a tensor or a tuple"):
         explainer.attribute("images", 1)
 
@@ -173,6 +183,37 @@ def test_the_layer_input_can_be_explained():
     net = classifier()
     at_input = LayerFam(net, "pool").attribute(IMAGES, 1, attribute_to_layer_input=True)
     torch.testing.assert_close(at_input, LayerFam(net, "last").attribute(IMAGES, 1))
+
+
+@pytest.mark.parametrize("at_input", [True, False])
+def test_the_constant_term_is_that_of_the_place_explained(at_input):
+    """Zeros in front of the head leave its bias, zeros behind it nothing."""
+    net = classifier()
+    explainer = LayerFam(net, "head", rule="additive")
+    maps, delta = explainer.attribute(
+        IMAGES, 1, attribute_to_layer_input=at_input, return_convergence_delta=True
+    )
+    bias = net.head.bias[1].item() if at_input else 0
+    torch.testing.assert_close(maps.sum(1) + bias, net(IMAGES)[:, 1].detach())
+    assert delta.abs().max() < 1e-6
+    assert not delta.requires_grad
+    found = explainer.compute_convergence_delta(
+        maps + 1, IMAGES, 1, attribute_to_layer_input=at_input
+    )
+    torch.testing.assert_close(found, torch.ones(3))
+
+
+def test_arguments_of_autograd_reach_it():
+    class Two(nn.Module):
+        def forward(self, x):
+            return x, 2 * x
+
+    net = nn.Sequential(Two(), nn.Module())
+    net[1].forward = lambda parts: parts[0]
+    x = torch.randn(2, 4)
+    assert LayerFam(net, net[0]).attribute(x, 1)[1].eq(0).all()
+    with pytest.raises(RuntimeError, match="appears to not have been used"):
+        LayerFam(net, net[0]).attribute(x, 1, grad_kwargs={"allow_unused": False})
 
 
 def test_layers_with_several_tensors_give_a_tuple():

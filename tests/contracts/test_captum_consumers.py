@@ -6,7 +6,7 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
-from captum.attr import DataLoaderAttribution, GuidedGradCam, LayerGradCam, NoiseTunnel
+from captum.attr import GuidedGradCam, LayerGradCam, NoiseTunnel
 from captum.attr import visualization as viz
 from captum.metrics import infidelity, sensitivity_max
 from torch import nn
@@ -91,9 +91,9 @@ def test_visualization_draws_the_map(rule):
     )
     assert len(axis.images) == 2
     drawn = np.asarray(axis.images[1].get_array())
-    np.testing.assert_allclose(
-        drawn / np.abs(drawn).max(), upsampled[..., 0] / np.abs(upsampled).max(), atol=0.3
-    )
+    # Captum divides by the value above which the largest two hundredths of the mass lie.
+    scale = drawn.flat[np.abs(drawn).argmin()] / upsampled.flat[np.abs(drawn).argmin()]
+    np.testing.assert_allclose(drawn, (upsampled[..., 0] * scale).clip(-1, 1), atol=1e-5)
     matplotlib.pyplot.close(figure)
 
 
@@ -103,8 +103,13 @@ def test_guided_grad_cam_takes_ours_in_the_place_of_its_own():
     expected = guided.attribute(IMAGES.clone().requires_grad_(), 1)
     guided.grad_cam = LayerFam(net, net.last, rule="gradcam")
     torch.testing.assert_close(guided.attribute(IMAGES.clone().requires_grad_(), 1), expected)
-    guided.grad_cam = LayerFam(net, net.last)
-    assert guided.attribute(IMAGES.clone().requires_grad_(), 1).shape == IMAGES.shape
+    guided.grad_cam = LayerFam(net, net.last, rule="centred")
+    maps = guided.grad_cam.attribute(IMAGES, 1, relu_attributions=True)
+    pixels = guided.guided_backprop.attribute(IMAGES.clone().requires_grad_(), 1)
+    torch.testing.assert_close(
+        guided.attribute(IMAGES.clone().requires_grad_(), 1),
+        LayerFam.interpolate(maps, IMAGES.shape[2:]) * pixels,
+    )
 
 
 def test_tcav_scores_concepts(tmp_path):
@@ -130,13 +135,6 @@ def test_tcav_scores_concepts(tmp_path):
     assert per_layer["sign_count"].sum() == pytest.approx(1.0)
 
 
-def test_data_loader_attribution_refuses_layer_methods_of_every_make():
-    model = similarity_model()
-    for method in (LayerGradCam(model, model.encoder.last), LayerFam(model, "last")):
-        with pytest.raises(AssertionError):
-            DataLoaderAttribution(method)
-
-
 def test_attack_comparator_compares_maps():
     from captum.robust import AttackComparator
 
@@ -148,7 +146,9 @@ def test_attack_comparator_compares_maps():
     )
     comparator.add_attack(lambda x: x + 0.1 * torch.ones_like(x), "brighter")
     result = comparator.evaluate(IMAGES, perturbations_per_eval=1)
-    assert {"Original", "brighter"} <= set(result)
+    for found, images in ((result["Original"], IMAGES), (result["brighter"]["mean"], IMAGES + 0.1)):
+        expected = explainer.attribute(images, 1).flatten(1).std(dim=1)
+        torch.testing.assert_close(found, expected)
 
 
 def test_data_parallel_is_explained_on_one_device():

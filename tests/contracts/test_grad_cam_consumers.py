@@ -34,26 +34,29 @@ def partner(name: str):
 
 
 def assert_is_cam(result: np.ndarray) -> None:
+    """Values in [0, 1], and each map from (nearly) nothing to (nearly) one."""
     assert result.shape == (2, 32, 32)
-    assert np.isfinite(result).all()
     assert result.min() >= 0
     assert result.max() <= 1 + 1e-6
+    assert (np.ptp(result, axis=(1, 2)) > 0.5).all()
 
 
-def test_refine_cam():
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("RefineCAM", {}), ("SESS", {"num_scales": 2, "use_softmax_scores": False})],
+)
+def test_methods_built_on_methods(name, options):
+    """With the rule of Grad-CAM they give what Grad-CAM gives, and the rule reaches ours."""
     model = similarity_model()
-    refine = partner("RefineCAM")(
-        model, [model.encoder.last, model.encoder.conv], base_method=FAM, rule="centred"
-    )
-    assert_is_cam(refine(IMAGES, TARGETS))
-
-
-def test_sess():
-    model = similarity_model()
-    with partner("SESS")(
-        model, [model.encoder.last], base_method=FAM, num_scales=2, use_softmax_scores=False
-    ) as sess:
-        assert_is_cam(sess(IMAGES, TARGETS))
+    layers = [model.encoder.last, model.encoder.conv]
+    results = {}
+    for base, rule in ((GradCAM, None), (FAM, "gradcam"), (FAM, "centred")):
+        chosen = {} if rule is None else {"rule": rule}
+        method = partner(name)(model, layers, base_method=base, **options, **chosen)
+        results[rule] = method(IMAGES, TARGETS)
+    np.testing.assert_allclose(results["gradcam"], results[None], atol=1e-4)
+    assert_is_cam(results["centred"])
+    assert np.abs(results["centred"] - results["gradcam"]).max() > 0.05
 
 
 def test_finer_cam_differentiates_the_tail_only():
@@ -95,8 +98,15 @@ def test_confidence_metrics(metric):
 def test_road():
     model = similarity_model()
     cams = FAM(model, ["last"])(IMAGES, TARGETS)
-    values = ROADCombined(percentiles=[20, 60])(IMAGES, cams, TARGETS, model)
-    assert np.isfinite(values).all()
+    road = ROADCombined(percentiles=[20, 60])
+    values, upside_down, empty = (
+        road(IMAGES, maps, TARGETS, model) for maps in (cams, 1 - cams, np.zeros_like(cams))
+    )
+    assert values.shape == (2,)
+    # It halves the difference between removing the least and the most relevant pixels first.
+    largest = np.abs(values).max()
+    np.testing.assert_allclose(upside_down, -values, atol=0.1 * largest)
+    assert np.abs(empty).max() < 0.1 * largest
 
 
 def test_arcc():
@@ -105,10 +115,13 @@ def test_arcc():
     except ImportError:
         pytest.skip("this grad-cam has no ARCC")
     model = similarity_model()
-    cam = FAM(model, ["last"])
-    arcc = ARCC(base_method=cam, road_percentiles=[20, 60])
-    values = arcc(IMAGES, cam(IMAGES, TARGETS), TARGETS, model)
-    assert np.isfinite(np.asarray(values)).all()
+    found = []
+    for cam in (FAM(model, ["last"], rule="gradcam"), GradCAM(model, [model.encoder.last])):
+        arcc = ARCC(base_method=cam, road_percentiles=[20, 60])
+        cams = cam(IMAGES, TARGETS)
+        found.append(arcc.coherency(IMAGES, cams, TARGETS, model, cam))
+        assert np.isfinite(arcc(IMAGES, cams, TARGETS, model)).all()
+    np.testing.assert_allclose(*found, atol=1e-4)
 
 
 def test_metrics_take_similarity_targets_on_a_bare_encoder():

@@ -37,6 +37,18 @@ def test_is_a_contrast():
     torch.testing.assert_close(model(IMAGES), scores - scores.mean(1, keepdim=True))
 
 
+def test_many_batches_lose_no_digits():
+    rows = 1000 + torch.randn(1000, 100, 2, generator=torch.Generator().manual_seed(0))
+    mean = gallery_mean(torch.nn.Flatten(), list(rows), similarity="dot")
+    assert torch.equal(mean, rows.double().mean(dim=(0, 1))[None].float())
+
+
+def test_made_in_inference_mode_it_can_be_used_with_gradient():
+    with torch.inference_mode():
+        mean = gallery_mean(encoder(), [IMAGES])
+    assert not mean.is_inference()
+
+
 def test_takes_the_dtype_of_the_encoder():
     assert gallery_mean(encoder().double(), [IMAGES]).dtype == torch.float64
     assert gallery_mean(encoder().bfloat16(), [IMAGES]).dtype == torch.bfloat16

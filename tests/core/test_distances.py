@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fam_plugins import LayerFam, SimilarityModel, explain_pair
+from fam_plugins import LayerFam, SimilarityModel, explain_pair, prototypes
 from fam_plugins.core.scores import frozen_scores, score
 from fam_plugins.core.similarity import as_similarity, find_similarity, on_unit_length
 from tests.networks import encoder
@@ -55,6 +55,31 @@ def test_what_cannot_be_split_is_refused_with_the_reason():
             SimilarityModel(encoder(), ROWS, similarity=distance)
     with pytest.raises(TypeError, match="not int"):
         SimilarityModel(encoder(), ROWS, similarity=3)
+
+
+class Distance:
+    """What a normalising distance of pytorch-metric-learning looks like."""
+
+    is_inverted, normalize_embeddings, p, power = False, True, 2, 1
+
+    def __init__(self, factor: float = 1.0) -> None:
+        self.factor = factor
+
+    def __call__(self, z, t):
+        return self.factor * torch.cdist(F.normalize(z), F.normalize(t))
+
+
+def test_a_distance_at_unit_length_averages_supports_at_unit_length():
+    rows = prototypes(ROWS[:4], [0, 1, 0, 1], Distance())
+    for number, row in enumerate(rows):
+        shots = [ROWS[i] / ROWS[i].norm() for i in (number, number + 2)]
+        torch.testing.assert_close(row, (shots[0] + shots[1]) / 2)
+
+
+def test_a_distance_that_differs_by_a_hundredth_is_refused():
+    assert as_similarity(Distance()).name == "euclidean at unit length"
+    with pytest.raises(ValueError, match="Distance computes no dot product, cosine or Euclidean"):
+        as_similarity(Distance(1.01))
 
 
 def test_frozen_distance_is_the_euclidean_direction_over_twice_the_distance():

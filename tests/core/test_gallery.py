@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fam_plugins import LayerFam, SimilarityModel
+from fam_plugins.core.gallery import Gallery
 from tests.benchmarks.cost import peak_memory
 from tests.networks import TinyNet, encoder
 
@@ -65,8 +66,27 @@ def test_scores_and_maps_are_those_of_references_in_memory(tmp_path, similarity,
 def test_rows_take_the_dtype_of_the_embeddings(tmp_path, dtype):
     model = SimilarityModel(encoder(), on_disk(tmp_path, ROWS, dtype))
     assert model(IMAGES).dtype == torch.float32
+    rounded = torch.from_numpy(ROWS.numpy().astype(dtype).astype(np.float32))
+    torch.testing.assert_close(model(IMAGES), SimilarityModel(encoder(), rounded)(IMAGES))
+
+
+def test_parts_are_as_many_rows_as_fit(tmp_path):
+    gallery = Gallery(on_disk(tmp_path, ROWS))
+    gallery.values_per_part = 6 * 7 + 5
+    parts = list(gallery.chunks(like=ROWS))
+    assert [len(part) for part in parts] == [7] * 7 + [1]
+    assert torch.equal(torch.cat(parts), ROWS)
+    gallery.values_per_part = 1
+    assert [len(part) for part in gallery.chunks(like=ROWS)] == [1] * 50
+
+
+@pytest.mark.parametrize("contrast", [None, "others"])
+def test_targets_count_from_the_end_as_in_memory(tmp_path, contrast):
+    model = SimilarityModel(encoder(), on_disk(tmp_path, ROWS), contrast=contrast)
+    usual = SimilarityModel(encoder(), ROWS, contrast=contrast)
     torch.testing.assert_close(
-        model(IMAGES), SimilarityModel(encoder(), ROWS)(IMAGES), atol=1e-2, rtol=1e-2
+        LayerFam(model, "last", rule="additive").attribute(IMAGES, -1),
+        LayerFam(usual, "last", rule="additive").attribute(IMAGES, 49),
     )
 
 
@@ -121,6 +141,9 @@ def test_bad_galleries_are_refused(tmp_path):
     net = encoder()
     with pytest.raises(TypeError, match="dtype int8.*float16, float32 or float64"):
         SimilarityModel(net, on_disk(tmp_path, np.ones((2, 6)), np.int8))
+    if np.dtype(np.longdouble).itemsize > 8:
+        with pytest.raises(TypeError, match="float16, float32 or float64"):
+            SimilarityModel(net, on_disk(tmp_path, np.ones((2, 6)), np.longdouble))
     with pytest.raises(ValueError, match=r"shape \(6,\).*shape=\(N, D\)"):
         SimilarityModel(net, on_disk(tmp_path, np.ones(6)))
     with pytest.raises(ValueError, match="at least one row"):
@@ -134,5 +157,9 @@ def test_bad_galleries_are_refused(tmp_path):
     rows[7], rows[8] = 0, float("nan")
     model = SimilarityModel(net, on_disk(tmp_path, rows))
     assert model.score(net(IMAGES), torch.tensor([1, 7]))[:, 1].eq(0).all()
+    for values in (2**22, 6 * 5):  # in the first part, and in the second
+        model.references.values_per_part = values
+        with pytest.raises(ValueError, match="gallery row 8 holds NaN"):
+            model(IMAGES)
     with pytest.raises(ValueError, match="gallery row 8 holds NaN"):
-        model(IMAGES)
+        LayerFam(model, "last").attribute(IMAGES, 8)

@@ -121,6 +121,23 @@ def test_integers_are_no_feature_map():
         one.run(lambda: net(torch.ones(1, 2, dtype=torch.int64)))
 
 
+def test_gradients_carry_no_graph():
+    net = nn.Sequential(nn.Identity(), nn.Tanh())
+    one = LayerPass(net, ["0"])
+    out = one.run(lambda: net(IMAGES))
+    ((found,),) = one.gradients(out, torch.ones_like(out)[None], create_graph=True)
+    assert not found.requires_grad
+    torch.testing.assert_close(found[0], 1 - out.detach().square())
+
+
+def test_a_layer_that_hands_its_input_on_leaves_it_alone():
+    net, images = nn.Sequential(nn.Identity()), IMAGES.clone()
+    one = LayerPass(net, ["0"])
+    one.gradients(one.run(lambda: net(images)), torch.ones_like(images)[None])
+    assert not images.requires_grad
+    assert images.grad is None
+
+
 class TestFindLayer:
     def test_by_module_and_by_name(self):
         net = classifier()
@@ -136,6 +153,10 @@ class TestFindLayer:
         model = similarity_model()
         assert find_layer(model, "last")[0] is model.encoder.last
         assert find_layer(model, "encoder.last")[0] is model.encoder.last
+
+    def test_the_exact_name_comes_first(self):
+        net = nn.ModuleDict({"x": nn.ReLU(), "encoder": nn.ModuleDict({"x": nn.Tanh()})})
+        assert find_layer(net, "x") == (net["x"], "x")
 
     @pytest.mark.parametrize(
         ("model", "layer", "error", "message"),

@@ -203,9 +203,19 @@ def test_many_references_for_pytorch_grad_cam():
     assert cam.attribute_references(IMAGES).shape == (3, 4, 8, 10)
 
 
-def test_nan_is_refused():
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_what_is_not_finite_is_refused(value):
     with pytest.raises(ValueError, match="the map holds NaN"):
-        check_finite(torch.tensor([1.0, float("nan")]))
+        check_finite(torch.tensor([1.0, float(value)]))
+
+
+@pytest.mark.parametrize("channels", [True, False], ids=["summed", "channels"])
+def test_maps_are_contiguous_whatever_the_layer_gives(channels):
+    model = SimilarityModel(encoder().to(memory_format=torch.channels_last), ROWS)
+    images = IMAGES.to(memory_format=torch.channels_last)
+    for rule in RULES:
+        explainer = LayerFam(model, "last", rule=rule)
+        assert explainer.attribute(images, 1, attr_dim_summation=channels).is_contiguous()
 
 
 class TestZeroEmbedding:
@@ -250,7 +260,12 @@ class TestZeroEmbedding:
         return cam.attributions[0]
 
     def test_does_not_warn_where_there_is_none(self, recwarn):
-        LayerFam(self.model(), "last", rule="additive").attribute(IMAGES, 1)
+        model = self.model()
+        # Behind a ReLU, an embedding with some zeros in it is nothing special.
+        model.encoder.features.weight.data[2] = 0
+        assert model.embed(IMAGES)[:, 2].eq(0).all()
+        explainer = LayerFam(model, "last", rule="additive")
+        explainer.attribute(IMAGES, 1, return_convergence_delta=True)
         assert not recwarn
 
 

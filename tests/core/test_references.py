@@ -41,7 +41,16 @@ def test_prototypes_are_detached():
 
 def test_half_precision_supports_do_not_overflow():
     z = torch.full((2, 512), 300.0, dtype=torch.float16)
-    assert torch.isfinite(prototypes(z, [0, 0])).all()
+    row = prototypes(z, [0, 0])
+    assert row.dtype == torch.float16
+    torch.testing.assert_close(row, torch.full((1, 512), 512**-0.5, dtype=torch.float16))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_supports_are_rounded_once(dtype):
+    z = torch.randn(20, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    expected = (z.double() / z.double().norm(dim=1, keepdim=True)).to(dtype)
+    assert (prototypes(z, list(range(20))) == expected).float().mean() > 0.999
 
 
 @pytest.mark.parametrize(

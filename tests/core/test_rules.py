@@ -36,7 +36,7 @@ def by_loops(rule: str, activations: torch.Tensor, gradients: torch.Tensor) -> t
             low, high = min(shares), max(shares)
             for k in range(channels):
                 if rule == "fam":
-                    w = (shares[k] - low) / (high - low) if high > low else 1.0
+                    w = (shares[k] - low) / (high - low) if high > low else float(low != 0)
                     row = [w * value for value in a[k]]
                 elif rule == "gradcam":
                     w = sum(g[k]) / regions
@@ -112,6 +112,11 @@ def test_a_map_computed_by_hand():
 
 def test_constant_contributions_weigh_every_channel_alike():
     assert fam_weights(torch.ones(2, 3, 1), torch.full((2, 1, 3, 1), 0.4)).eq(1).all()
+    assert fam_weights(torch.ones(2, 3, 1), torch.full((2, 1, 3, 1), -0.4)).eq(1).all()
+
+
+def test_where_no_channel_contributes_none_weighs():
+    assert fam_weights(torch.ones(2, 3, 1), torch.zeros(2, 1, 3, 1)).eq(0).all()
 
 
 def test_fam_is_the_weighted_sum_minus_the_channel_sum():

@@ -153,9 +153,26 @@ def test_euclidean_gradient_at_distance_zero_is_finite():
     assert grad.eq(0).all()
 
 
-def test_euclidean_keeps_small_distances_of_long_vectors():
-    t = torch.full((1, 512), 10.0)
-    assert score("sqeuclidean", t + 1e-3, t).item() == pytest.approx(-512e-6, rel=1e-3)
+@pytest.mark.parametrize(("name", "power"), [("sqeuclidean", 2), ("euclidean", 1)])
+def test_small_distances_of_long_vectors_survive(name, power):
+    t = torch.full((30, 512), 10.0)  # from 26 rows on cdist would multiply matrices
+    expected = torch.full((30, 30), -((2**-10 * 512**0.5) ** power))
+    torch.testing.assert_close(score(name, t + 2**-10, t), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_references_and_contrast_may_have_another_dtype(name):
+    z, t, c = vectors(2), vectors(3, seed=1), vectors(4, seed=2)
+    found = score(name, z.float(), t, c.half())
+    assert found.dtype == torch.float64
+    expected = score(name, z.float().double(), t, c.half().double())
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    assert score(name, z.half(), t.float(), c).dtype == torch.float32
+
+
+def test_large_values_are_not_taken_for_infinite_ones():
+    for z in (torch.full((1, 7), 1e38), torch.full((1, 4096), 300.0, dtype=torch.float16)):
+        torch.testing.assert_close(score("cosine", z, z), torch.ones(1, 1, dtype=z.dtype))
 
 
 def test_scaling_a_reference_changes_nothing_under_cosine():
@@ -185,4 +202,5 @@ def test_contrast_is_noticed():
         score("dot", vectors(1), vectors(2))
         assert not frozen.contrasted
         score("dot", vectors(1), vectors(2), "others")
+        score("dot", vectors(1), vectors(2))
     assert frozen.contrasted

@@ -85,6 +85,23 @@ def test_from_support_builds_prototypes_and_remembers_labels():
     assert SimilarityModel(net, ROWS).labels is None
 
 
+@pytest.mark.parametrize("contrast", ["others", ROWS[:2], IMAGES[:2]], ids=["others", "rows", "im"])
+def test_from_support_takes_a_contrast(contrast):
+    net, labels = encoder(), [0, 1, 2, 2]
+    found = SimilarityModel.from_support(net, IMAGES, labels, contrast=contrast)
+    expected = SimilarityModel(net, prototypes(net(IMAGES), labels), contrast=contrast)
+    torch.testing.assert_close(found(IMAGES), expected(IMAGES))
+    plain = SimilarityModel(net, prototypes(net(IMAGES), labels))
+    assert (found(IMAGES) - plain(IMAGES)).abs().max() > 0.01
+
+
+def test_chunk_size_bounds_the_batches_of_supports_and_contrast():
+    net, sizes = encoder(), []
+    net.conv.register_forward_hook(lambda _m, given, _o: sizes.append(len(given[0])))
+    SimilarityModel.from_support(net, IMAGES, [0, 1, 0, 1], contrast=IMAGES[:3], chunk_size=2)
+    assert sizes == [2, 2, 2, 1]
+
+
 def test_shows_what_it_compares_with():
     text = repr(SimilarityModel(encoder(), ROWS, contrast="others"))
     assert "references=3x6, similarity=cosine, contrast=others" in text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
 import math
 from importlib.metadata import version
 
@@ -30,6 +31,15 @@ from tests.networks import State, classifier, encoder
 IMAGES = torch.randn(3, 3, 8, 10, generator=torch.Generator().manual_seed(0))
 ROWS = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
 TARGETS = [ClassifierOutputTarget(1)] * 3
+
+
+def test_takes_the_arguments_of_grad_cam_in_their_order():
+    ours = list(inspect.signature(FAM).parameters.values())
+    theirs = list(inspect.signature(GradCAM).parameters)
+    assert [p.name for p in ours] == [*theirs, "rule"]
+    assert [p.kind is p.KEYWORD_ONLY for p in ours] == [False] * len(theirs) + [True]
+    call = list(inspect.signature(FAM.__call__).parameters)
+    assert call == list(inspect.signature(GradCAM.__call__).parameters)
 
 
 class TestResult:
@@ -66,11 +76,16 @@ class TestResult:
     @pytest.mark.parametrize("eigen_smooth", [False, True])
     @pytest.mark.parametrize("aug_smooth", [False, True])
     def test_smoothing(self, aug_smooth, eigen_smooth):
-        cam = FAM(similarity_model(), ["last"])
+        cam = FAM(similarity_model(), ["last"], rule="centred")
         result = cam(IMAGES, TARGETS, aug_smooth=aug_smooth, eigen_smooth=eigen_smooth)
-        assert result.shape == (3, 8, 10)
-        assert np.isfinite(result).all()
         assert (cam.attributions is None) == aug_smooth
+        passes = []
+        for factor in (0.9, 1, 1.1) if aug_smooth else (1,):
+            for turn in (lambda x: x, lambda x: x[..., ::-1]) if aug_smooth else (lambda x: x,):
+                images = torch.from_numpy(turn(factor * IMAGES.numpy()).copy())
+                passes.append(turn(cam(images, TARGETS, eigen_smooth=eigen_smooth)))
+        np.testing.assert_allclose(result, np.mean(passes, axis=0), atol=1e-5)
+        assert result.max() > 0.5
 
     def test_eigen_smooth_projects_what_the_rule_weighs(self):
         model = similarity_model()
@@ -207,6 +222,21 @@ class TestNoTrapOfBaseCam:
         model.to("meta")
         assert cam.device == torch.device("meta")
 
+    def test_images_go_where_the_model_is(self):
+        seen = []
+
+        class Notes(nn.Module):
+            def forward(self, images):
+                seen.append(images.device)
+                raise KeyError("seen enough")
+
+        model = nn.Sequential(Notes(), nn.Conv2d(3, 4, 1)).to("meta")
+        cam = FAM(model, ["1"])
+        for explain in (lambda: cam(IMAGES, TARGETS), lambda: cam.attribute_references(IMAGES)):
+            with pytest.raises(KeyError, match="seen enough"):
+                explain()
+        assert seen == [torch.device("meta")] * 2
+
     def test_layers_must_be_a_list(self):
         net = classifier()
         with pytest.raises(TypeError, match=r"must be a list of layers, such as \[model.layer4\]"):
@@ -259,6 +289,20 @@ class TestSimilarityTarget:
             fresh = cam(IMAGES, [SimilarityTarget(net(IMAGES[:1]))] * 3)
         with GradCAM(net, [net.last]) as cam:
             np.testing.assert_allclose(cam(IMAGES, [target] * 3), fresh, atol=1e-6)
+
+    def test_the_reference_is_copied(self):
+        rows = ROWS.clone()
+        target = SimilarityTarget(rows[0], contrast=rows[1:])
+        expected = target(IMAGES.new_ones(6))
+        rows.neg_()
+        assert torch.equal(target(IMAGES.new_ones(6)), expected)
+
+    def test_made_in_inference_mode_it_serves_a_gradient(self):
+        with torch.inference_mode():
+            target = SimilarityTarget(ROWS[0].clone(), contrast=ROWS[1:].clone())
+        z = torch.ones(6, requires_grad=True)
+        target(z).backward()
+        assert z.grad.abs().sum() > 0
 
     def test_follows_the_output_in_dtype(self):
         assert SimilarityTarget(ROWS[0].double())(ROWS.half()).dtype == torch.float16

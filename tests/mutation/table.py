@@ -1,0 +1,423 @@
+"""The mutants: a line of the package, what it becomes, and the tests that ought to notice.
+
+Each is one plausible slip: a dropped argument, a swapped order, a bound that is off by one, a
+default that differs. Mutants that change nothing a user could see do not belong here.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Mutant(NamedTuple):
+    """``old`` stands in the file exactly once; the tests run with ``new`` in its place."""
+
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+    def __str__(self) -> str:
+        old, new = (" ".join(text.split()) or "nothing" for text in (self.old, self.new))
+        return f"{self.file}: {old} -> {new}"
+
+
+def of(file: str, tests: str, *changes: tuple[str, str]) -> list[Mutant]:
+    """Mutants of ``fam_plugins/<file>``, each run against ``tests/<test>`` of a list of words."""
+    paths = tuple(f"tests/{test}" for test in tests.split())
+    return [Mutant(f"fam_plugins/{file}", old, new, paths) for old, new in changes]
+
+
+SIMILARITY = of(
+    "core/similarity.py",
+    "core/test_similarity.py core/test_references.py core/test_distances.py",
+    (', compute_mode="donot_use_mm_for_euclid_dist"', ""),
+    ("largest = at.detach().abs().amax(dim=1, keepdim=True)", "largest = at.new_ones(len(at), 1)"),
+    ("torch.where(some, length, scale) * some", "torch.where(some, length, scale)"),
+    ("return value + self.linear(embeddings - point", "return value + self.linear(embeddings"),
+    ("return unit_length(embeddings, frozen_at) @", "return unit_length(embeddings) @"),
+    ("return 2 * embeddings @ references.T", "return embeddings @ references.T"),
+    ("distance > 0, 0.5 / distance", "distance > 0, 1 / distance"),
+    ("0.5 / distance, torch.zeros_like(distance)", "0.5 / distance, 0.5 / distance"),
+    ('Similarity("cosine", _cosine, _cosine_linear, scale_free=True)',
+     'Similarity("cosine", _cosine, _cosine_linear)'),
+    ("both.compare, both.linear, scale_free=True)", "both.compare, both.linear)"),
+    ("rtol=1e-6)", "rtol=1e-1)"),
+    ("elif distance.power not in ((1,) if inverted else (1, 2)):", "elif distance.power > 2:"),
+    ("return unit_length(references) if self.references_too else references",
+     "return references"),
+    ("if distance.p != 2:", "if distance.p > 2:"),
+    ('name = getattr(given, "__name__", type(given).__name__)', 'name = type(given).__name__'),
+)  # fmt: skip
+
+SCORES = of(
+    "core/scores.py",
+    "core/test_similarity.py core/test_similarity_model.py core/test_maps.py",
+    ("wide = torch.promote_types(given, torch.float32)", "wide = given"),
+    ("with full_precision(embeddings.device):", "if True:"),
+    ("contrast.to(wide)).mean(dim=1", "contrast).mean(dim=1"),
+    ("others / (scores.shape[1] - 1)", "others / scores.shape[1]"),
+    ("frozen.contrasted = True", "pass"),
+    ("if given == torch.float16 and not", "if given == torch.bfloat16 and not"),
+    ("if frozen is not None and frozen.freeze:", "if frozen is not None:"),
+    ("return next(self._replay)", "return embeddings.detach()"),
+    ("frozen._replay = iter(frozen.points) if replay else None", "frozen._replay = None"),
+    ("self.points.append(embeddings.detach())", "self.points.append(embeddings)"),
+    ("ACTIVE.reset(token)", "pass"),
+    ("torch.isfinite(embeddings.detach()).all(dim=1)",
+     "torch.isfinite(embeddings.detach().sum(1))"),
+    ("if len(embeddings) != len(images):", "if len(embeddings) > len(images):"),
+    ("(embeddings.detach() == 0).all(dim=1)", "(embeddings.detach() == 0).any(dim=1)"),
+)  # fmt: skip
+
+REFERENCES = of(
+    "core/references.py",
+    "core/test_references.py core/test_average.py core/test_similarity_model.py",
+    ("rows = found.cpu().double()", "rows = found.cpu()"),
+    ("with torch.inference_mode(False), torch.no_grad(), eval_mode(encoder):",
+     "with torch.no_grad(), eval_mode(encoder):"),
+    ("with torch.inference_mode(False), torch.no_grad(), eval_mode(encoder):",
+     "with torch.inference_mode(False), torch.no_grad():"),
+    ("return (total / count)[None].to(found)", "return (total / count)[None].float()"),
+    ("unit_length(wide).to(embeddings.dtype)", "unit_length(wide)"),
+    ("wide = supports.to(torch.promote_types(supports.dtype, torch.float32))", "wide = supports"),
+    ("return sorted(distinct)", "return distinct"),
+    ("            with eval_mode(encoder):\n", "            if True:\n"),
+    ("embed(encoder, chunk).clone()", "embed(encoder, chunk)[:1].clone()"),
+    ("found = given.clone()", "found = given"),
+    ("dtype=dtype or given.dtype)", "dtype=dtype or torch.float32)"),
+    ("if np.ma.isMaskedArray(values):", "if False:"),
+)  # fmt: skip
+
+RULES = of(
+    "core/rules.py",
+    "core/test_rules.py",
+    ("(low != 0).to(low))", "torch.ones_like(low))"),
+    ("(low != 0).to(low))", "torch.zeros_like(low))"),
+    ("activations.sum(dim=2)[:, None]", "activations.amax(dim=2)[:, None]"),
+    ("return gradients.mean(dim=3, keepdim=True)", "return gradients.sum(dim=3, keepdim=True)"),
+    ("maps - maps.mean(dim=-1, keepdim=True)", "maps - maps.mean()"),
+    ("or weights.shape[-1] not in (1, regions)", ""),
+    ("_warned = True", "pass"),
+)  # fmt: skip
+RULES += of(
+    "core/rules.py",
+    "contracts/test_identities.py",
+    ('Rule("gradcam", _mean_gradient, frozen=False)', 'Rule("gradcam", _mean_gradient)'),
+    ('Rule("centred", _gradient, centred=True)', 'Rule("centred", _gradient)'),
+)
+
+MAPS = of(
+    "core/maps.py",
+    "core/test_maps.py core/test_transforms.py captum/test_layer_fam.py test_pair.py",
+    ("wide = torch.promote_types(activation.dtype, torch.float32)", "wide = activation.dtype"),
+    ("with torch.no_grad(), full_precision(activation.device):", "with torch.no_grad():"),
+    ("maps.to(activation.dtype).reshape(shape).contiguous()",
+     "maps.to(activation.dtype).reshape(shape)"),
+    ("if not torch.isfinite(attribution).all():", "if torch.isnan(attribution).any():"),
+    ("and not arranged.any() and tensors[0].any()", "and not arranged.any()"),
+    ("at_input=self._at_input, zeros=True)", "zeros=True)"),
+    ("with self.replayed(), torch.random.fork_rng(range(len(cuda))):",
+     "with torch.random.fork_rng(range(len(cuda))):"),
+    ("torch.set_rng_state(cpu)", "pass"),
+    ("given.to(torch.promote_types(given.dtype, torch.float32))", "given"),
+    ("self.scores = scores.detach()", "self.scores = scores"),
+    ("len(shape) < 2 + self._regions", "len(shape) < 2"),
+    ("or shape[0] != batch:", "or False:"),
+    ("if len(maps) > 1 and self._regions:", "if False:"),
+    ("torch.ones_like(scores)[None], **grad_kwargs)", "torch.ones_like(scores)[None])"),
+    ("zero = torch.cat(self._noted.zero)[:batch]", "zero = torch.cat(self._noted.zero)"),
+    ("(tensor.shape for tensor in inputs if tensor.dim() == 4)",
+     "(tensor.shape for tensor in inputs)"),
+)  # fmt: skip
+
+MANY = of(
+    "core/many.py",
+    "core/test_many.py",
+    ("torch.cat(found)[:width] * regions, regions)", "torch.cat(found)[:width], regions)"),
+    ("gap <= 16 * torch.finfo", "gap <= 1e4 * torch.finfo"),
+    ("if end.dtype not in (torch.float32, torch.float64) or count < 2:", "if count < 2:"),
+    ("or count < 2:", "or count < 1:"),
+    ("if steps >= count:\n        return None", "pass"),
+    ("torch.split(chosen, per_chunk, dim=1)", "torch.split(chosen, per_chunk + 1, dim=1)"),
+    ("torch.split(rows.reshape(steps, batch, width), per_chunk)",
+     "torch.split(rows.reshape(steps, batch, width), 10**6)"),
+    ("torch.split(indices, _IMAGES)", "torch.split(indices, _IMAGES - 1)"),
+    ("if low < 0:", "if low < -1:"),
+    ("if count is not None and high >= count:", "if count is not None and high > count:"),
+    ("torch.Generator().manual_seed(0)", "None"),
+    ("return (directions / self.regions)[..., None]", "return directions[..., None]"),
+    ("return pooled if _predicts(pooled, probe, answer) else None", "return pooled"),
+    ("if not _close(answer[..., :1].expand_as(answer), answer):", "if False:"),
+    ("        with one.frozen():\n", "        if True:\n"),
+    ("        _check_range(indices, count)\n", "        pass\n"),
+    ("with torch.inference_mode(False):\n        if indices", "if True:\n        if indices"),
+)  # fmt: skip
+
+LAYER_PASS = of(
+    "core/layer_pass.py",
+    "core/test_layer_pass.py captum/test_layer_fam.py contracts/test_explainer_contract.py",
+    ("if g is None else g.detach()", "if g is None else g"),
+    ('for name in (layer, f"encoder.{layer}"):', 'for name in (f"encoder.{layer}", layer):'),
+    ("if all(grad is None for grad in grads):", "if False:"),
+    ("return tensor.detach().requires_grad_()", "return tensor.requires_grad_()"),
+    ("if self._tracking and tensor.requires_grad:", "if False:"),
+    ("parts[i] = tensor.clone()", "parts[i] = tensor"),
+    ("if not output.requires_grad:", "if False:"),
+    ("                handle.remove()", "                pass"),
+    ("        if layer in self._kept:\n", "        if False:\n"),
+    ('grad_kwargs.setdefault("allow_unused", True)', 'grad_kwargs["allow_unused"] = True'),
+)  # fmt: skip
+LAYER_PASS += of(
+    "core/layer_pass.py",
+    "core/test_maps.py",
+    ('if hasattr(given, "_fields"):', "if False:"),
+)
+
+TRANSFORMS = of(
+    "core/transforms.py",
+    "core/test_transforms.py",
+    ("return abs(h * width - w * height) <= max(height, width)",
+     "return abs(h * width - w * height) < max(height, width)"),
+    ("return abs(h * width - w * height) <= max(height, width)",
+     "return abs(h * width - w * height) <= 3 * max(height, width)"),
+    ("yield (image[0] // patch[0], image[1] // patch[1]), int(token)",
+     "yield (image[0] // patch[0], image[1] // patch[1]), 1"),
+    ("else (fixed, seen):", "else (seen, fixed):"),
+    ("(not first or type(layer) is nn.LayerNorm)", "not first"),
+    ("if last and not second and", "if last and"),
+    ("for m in root.modules() if any(part is layer for part in m.modules())][::-1]",
+     "for m in root.modules() if any(part is layer for part in m.modules())]"),
+    ('p - 1 if getattr(embed, "dynamic_img_pad", False) else 0', "0"),
+    ("for skip in (prefix, 0):", "for skip in (prefix,):"),
+    ("return grid.permute(0, 3, 1, 2)", "return grid.permute(0, 3, 2, 1)"),
+    ("size[1] + up[1]) // patch[1]", "size[0] + up[1]) // patch[1]"),
+    ("if images is None or len(images) != 4 or len(given) not in (3, 4):",
+     "if images is None or len(given) not in (3, 4):"),
+    ("with eval_mode(model):", "if True:"),
+)  # fmt: skip
+
+OTHERS_OF_CORE = [
+    *of(
+        "core/gallery.py",
+        "core/test_gallery.py",
+        ("np.arange(start, start + len(part))", "np.arange(len(part))"),
+        ("max(1, self.values_per_part // self.shape[1])", "max(1, self.values_per_part)"),
+        (" or array.dtype.itemsize > 8:", ":"),
+        ('part.astype(part.dtype.newbyteorder("="), copy=False)', "part"),
+        ("bad = ~torch.isfinite(rows).all(dim=1)", "bad = torch.isnan(rows).any(dim=0)"),
+        ("return self._checked(np.array(self.array[wanted]), wanted, like)",
+         "return self._checked(np.array(self.array[: wanted.max() + 1][wanted]), wanted, like)"),
+        ("    def __deepcopy__(self", "    def _deepcopy(self"),
+    ),
+    *of(
+        "core/similarity_model.py",
+        "core/test_similarity_model.py core/test_many.py core/test_gallery.py",
+        ("similarity=similarity,\n            contrast=contrast,\n            chunk_size",
+         "similarity=similarity,\n            chunk_size"),
+        ('embed_once(encoder, images, "supports", chunk_size)',
+         'embed_once(encoder, images, "supports")'),
+        (" and own is SimilarityModel.forward:", ":"),
+        ("if rows is not None and not self._others and", "if rows is not None and"),
+        ("return subtract_others(scores) if self._others else scores", "return scores"),
+        ("self.training = encoder.training", "pass"),
+        ("if saved != own:", "if False:"),
+        ("part, self.contrast_embeddings)", "part)"),
+        ("model.labels = tuple(unique_labels(labels))", "model.labels = tuple(labels)"),
+    ),
+    *of(
+        "core/eval_mode.py",
+        "core/test_eval_mode.py core/test_references.py",
+        ("if count > 1:", "if False:"),
+        ("part.training = own", "part.training = True"),
+        ("(*module.parameters(), *module.buffers())", "module.parameters()"),
+    ),
+]  # fmt: skip
+
+CAPTUM = [
+    *of(
+        "captum/layer_fam.py",
+        "captum/test_layer_fam.py core/test_many.py",
+        ("device_ids: list[int] | None = None,\n        *,\n",
+         "device_ids: list[int] | None = None,\n"),
+        (", **(grad_kwargs or {})\n", "\n"),
+        ("            additional_forward_args,\n            attribute_to_layer_input,\n",
+         "            additional_forward_args,\n"),
+        ("references_per_chunk: int = 64", "references_per_chunk: int = 1"),
+        ("scores.forward, inputs, additional_forward_args),\n            inputs",
+         "scores.forward, inputs, None),\n            inputs"),
+        ("return result, _total(maps) + constant", "return result, _total((result,)) + constant"),
+        ("difference: Tensor = delta + _total(attributions) - _total(maps)",
+         "difference: Tensor = delta"),
+        ("sum_channels=attr_dim_summation", "sum_channels=True"),
+    ),
+    *of(
+        "captum/layer_cape.py",
+        "captum/test_layer_cape.py",
+        ("scores = select_scores(output, target)", "scores = output.amax(1)"),
+        ("return maps, maps.flatten(1).sum(dim=1) - own.exp()",
+         "return maps, maps.flatten(1).sum(dim=1) - own"),
+    ),
+    *of(
+        "captum/targets.py",
+        "captum/test_layer_fam.py",
+        ("wrong = [t for t in chosen if not (-count if single else 0) <= t < count]",
+         "wrong = [t for t in chosen if not -count <= t < count]"),
+        ("return scores.reshape(len(scores)) if scores.dim() > 0 else scores", "return scores"),
+    ),
+]  # fmt: skip
+
+GRAD_CAM = [
+    *of(
+        "grad_cam/base.py",
+        "grad_cam/test_fam.py contracts/test_explainer_contract.py",
+        ("            input_tensor = input_tensor.to(self.device)", "            pass"),
+        ("            self.attributions = None\n", "            pass\n"),
+        ("with eval_mode(self._cam.model):", "if True:"),
+        ("resized = scale_cam_image(np.maximum(cams, 0)", "resized = scale_cam_image((cams)"),
+        ("        finally:\n            self.activations_and_grads.release()",
+         "        finally:\n            pass"),
+        ("if len(targets) != count:", "if len(targets) < count:"),
+    ),
+    *of(
+        "grad_cam/fam.py",
+        "grad_cam/test_fam.py core/test_maps.py",
+        ('reshape_transform: Callable[[Any], Tensor] | str | None = "auto",\n        *,\n',
+         'reshape_transform: Callable[[Any], Tensor] | str | None = "auto",\n'),
+        ("            input_tensor = input_tensor.to(self.device)", "            pass"),
+        ("with eval_mode(self.model):", "if True:"),
+        ("sum_channels=not eigen_smooth", "sum_channels=True"),
+    ),
+    *of(
+        "grad_cam/target.py",
+        "grad_cam/test_fam.py",
+        ("torch.as_tensor(embeddings).detach().clone()", "torch.as_tensor(embeddings).detach()"),
+        ("with torch.inference_mode(False):", "if True:"),
+        ("reference, contrast)[:, 0]", "reference)[:, 0]"),
+    ),
+]  # fmt: skip
+
+CAPE = [
+    *of(
+        "cape/head.py",
+        "cape/test_head.py cape/test_released.py",
+        ("bound = 1 / math.sqrt(self.in_channels)", "bound = 1 / self.in_channels"),
+        ("for log_temperature in (self.t1, self.t2, self.t3):",
+         "for log_temperature in (self.t1, self.t2):"),
+        (".to(linear.weight)\n", "\n"),
+        ('bias="bias" in state, dtype=weight.dtype)', 'bias="bias" in state)'),
+        ("torch.promote_types(torch.promote_types(logits.dtype, t1.dtype), torch.float32)",
+         "torch.promote_types(logits.dtype, t1.dtype)"),
+        ("classes.softmax(dim=2), weights.softmax(dim=1)",
+         "classes.softmax(dim=2), weights.softmax(dim=0)"),
+        ("logits.mean(dim=2, keepdim=True) * (-t2).exp()",
+         "logits.mean(dim=2, keepdim=True) * (-t1).exp()"),
+        ("return log_probabilities(classify_regions(self, features), self.t1, self.t2, self.t3)",
+         "return log_probabilities(classify_regions(self, features), self.t1, self.t2)"),
+    ),
+    *of(
+        "cape/loss.py",
+        "cape/test_loss.py",
+        (" or labels.dtype == torch.bool:", ":"),
+        ("    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))\n    loss",
+         "    loss"),
+        ("return temperature**2 * divergence", "return temperature * divergence"),
+        ("student = head.soft_log_probs(features.detach())",
+         "student = head.soft_log_probs(features)"),
+    ),
+    *of(
+        "cape/calibrate.py",
+        "cape/test_calibrate.py",
+        ("low) * i / 20 for i in range(21)", "low) * i / 2 for i in range(3)"),
+        ("sorted({0.0, *(low", "sorted({*(low"),
+        ("for i in range(21))", "for i in range(20))"),
+        ("head.t3.sub_(shift)", "head.t3.add_(shift)"),
+    ),
+    *of(
+        "cape/fit.py",
+        "cape/test_fit.py",
+        ("lr: float = 1e-3", "lr: float = 1e-2"),
+        ("step_size: int = 30", "step_size: int = 3"),
+        ("temperature: float = 2.0", "temperature: float = 4.0"),
+        ("head.load_state_dict(last_good)", "pass"),
+    ),
+    *of(
+        "cape/checkpoint.py",
+        "cape/test_checkpoint.py",
+        ("for tensor in linear.state_dict().values():", "for tensor in [linear.weight]:"),
+    ),
+    *of(
+        "cape/model.py",
+        "cape/test_model.py",
+        ("if len(caught) != 1:", "if len(caught) < 1:"),
+        ("converted.training = converted.feature_map.training = model.training", "pass"),
+        ("head.train(model.training)", "head"),
+        ("if len(heads) != 1:", "if not heads:"),
+        ("            return features.movedim(1, -1) if self.site.channels_last else features",
+         "            return None"),
+    ),
+    *of(
+        "cape/locate.py",
+        "cape/test_locate.py",
+        ("with eval_mode(model), torch.no_grad():", "with eval_mode(model):"),
+        ("once = [call for call in maps if times[call.name] == 1]", "once = maps"),
+        ("if last is None or not torch.equal(last.linear[1], output):", "if last is None:"),
+    ),
+    *of(
+        "cape/upsample.py",
+        "cape/test_upsample.py",
+        ('mode: Literal["nearest", "bilinear"] = "nearest"',
+         'mode: Literal["nearest", "bilinear"] = "bilinear"'),
+    ),
+]  # fmt: skip
+
+INTEROP = [
+    *of(
+        "interop/easyfsl.py",
+        "interop/test_easyfsl.py",
+        ("rtol=1e-3, atol=1e-3 * float", "rtol=1e-1, atol=1e-1 * float"),
+        ('self.register_buffer("centre", centre.detach().clone())',
+         'self.register_buffer("centre", centre.detach().clone(), persistent=False)'),
+        ("        self.training = backbone.training\n", ""),
+    ),
+    *of(
+        "interop/harnesses.py",
+        "interop/test_harnesses.py",
+        ("_at_size(attribution.attribute(images, **arguments), images, interpolate_mode)",
+         "_at_size(attribution.attribute(images, **arguments), images)"),
+        ("scores.argmax(dim=-1).tolist() if class_idx is None",
+         "scores.argmin(dim=-1).tolist() if class_idx is None"),
+        ("to(device=device, dtype=dtype or torch.float32)", "to(device=device)"),
+        ("with method(model, [module], **options) as cam:", "with method(model, [module]) as cam:"),
+        ("and len(part.references) == 1 for", "and len(part.references) <= 2 for"),
+    ),
+]  # fmt: skip
+
+PLOTS = of(
+    "plots.py",
+    "test_plots.py",
+    ('((1, "in the query"), (2, "in the hit"))', '((2, "in the query"), (1, "in the hit"))'),
+    ("vmax=high, alpha=0.5", "vmax=high, alpha=1.0"),
+    ("axis.imshow(image, cmap=\"gray\", vmin=0, vmax=1)", 'axis.imshow(image, cmap="gray")'),
+    ("aspect = max(image.shape", "aspect = min(image.shape"),
+    ("if pixels.min() < -1e-3 or pixels.max() > 1 + 1e-3:",
+     "if pixels.min() < -1e-1 or pixels.max() > 1 + 1e-1:"),
+)  # fmt: skip
+
+PAIR = of(
+    "pair.py",
+    "test_pair.py",
+    ("    with eval_mode(encoder):\n", "    if True:\n"),
+    ("score(how, mine[None], other[None], contrast)[0]", "score(how, mine[None], other[None])[0]"),
+    ("reshape_transform, regions=1)", "reshape_transform)"),
+    ("against = side(contrast).point", "against = embed_once(encoder, contrast, 'contrast')"),
+    ("like(embeddings) - unlike(embeddings)", "unlike(embeddings) - like(embeddings)"),
+    ("_pairwise(how, other.point, against)", "_pairwise(how, other.point)"),
+    ("constant = of(torch.zeros_like(self.point))", "constant = 0 * of(self.point)"),
+    ("with self._one.replayed(), torch.no_grad():", "with torch.no_grad():"),
+)  # fmt: skip
+
+MUTANTS = [
+    *SIMILARITY, *SCORES, *REFERENCES, *RULES, *MAPS, *MANY, *LAYER_PASS, *TRANSFORMS,
+    *OTHERS_OF_CORE, *CAPTUM, *GRAD_CAM, *CAPE, *INTEROP, *PLOTS, *PAIR,
+]  # fmt: skip
