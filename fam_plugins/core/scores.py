@@ -125,9 +125,9 @@ def score(
     """
     chosen = similarity if isinstance(similarity, Similarity) else as_similarity(similarity)
     frozen = ACTIVE.get()
+    check_embeddings(embeddings, width=references.shape[1])
     given = torch.promote_types(embeddings.dtype, references.dtype)
     wide = torch.promote_types(given, torch.float32)
-    check_embeddings(embeddings, width=references.shape[1])
     with full_precision(embeddings.device):
         embeddings = embeddings.to(wide)
         compare: Callable[[Tensor, Tensor], Tensor] = chosen.compare
@@ -136,6 +136,13 @@ def score(
         if frozen is not None and frozen.freeze:
             compare = partial(chosen.frozen, point=frozen.at(embeddings))
         scores = compare(embeddings, references.to(wide))
+        expected = (len(embeddings), len(references))
+        shape = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        if shape != expected:
+            raise ValueError(
+                f"similarity {chosen.name!r} returns {shape} for {expected[0]} embeddings and "
+                f"{expected[1]} references: return scores [B, N], larger meaning more alike"
+            )
         if isinstance(contrast, Tensor):
             against = compare(embeddings, contrast.to(wide)).mean(dim=1, keepdim=True)
             scores = _less(scores, against)
@@ -174,7 +181,15 @@ def embed(encoder: nn.Module, images: Tensor) -> Tensor:
     """Run an encoder and make sure that what it returns are embeddings ``[B, D]``."""
     if isinstance(images, Tensor) and images.dim() > 0 and images.shape[0] == 0:
         raise ValueError("the batch is empty: pass at least one image")
-    embeddings = encoder(images)
+    try:
+        embeddings = encoder(images)
+    except ValueError as error:  # of a batch norm, or of B, C, H, W = images.shape
+        if images.dim() != 3:
+            raise
+        raise ValueError(
+            f"the encoder does not take {tuple(images.shape)}: a single image needs a batch "
+            f"dimension (image[None]). It says: {error}"
+        ) from error
     if not isinstance(embeddings, Tensor):
         raise TypeError(
             f"the encoder returns a {type(embeddings).__name__}, not a tensor: wrap it in a module "
@@ -196,7 +211,12 @@ def embed(encoder: nn.Module, images: Tensor) -> Tensor:
 def check_embeddings(
     embeddings: Tensor, *, width: int | None = None, what: str = "embedding"
 ) -> None:
-    """Refuse embeddings ``[B, D]`` of another width, or not finite."""
+    """Refuse what is no ``[B, D]``, embeddings of another width, or not finite."""
+    if not isinstance(embeddings, Tensor) or embeddings.dim() != 2:
+        kind = tuple(embeddings.shape) if isinstance(embeddings, Tensor) else type(embeddings)
+        raise ValueError(
+            f"{what} is {kind}, not a tensor [B, D]: a single one needs a first dimension (z[None])"
+        )
     if width is not None and embeddings.shape[1] != width:
         raise ValueError(
             f"the {what} has {embeddings.shape[1]} values and the references have {width}: "
