@@ -54,9 +54,12 @@ def prototypes(
                 [0., 1.]])
     """
     chosen = as_similarity(similarity)
-    if not isinstance(embeddings, Tensor) or embeddings.dim() != 2 or len(embeddings) == 0:
-        given = tuple(embeddings.shape) if isinstance(embeddings, Tensor) else type(embeddings)
-        raise ValueError(f"supports must be a tensor [S, D] with at least one row, not {given}")
+    given = embeddings if isinstance(embeddings, Tensor) else torch.zeros((), device="cpu")
+    if given.dim() != 2 or len(given) == 0 or not given.is_floating_point():
+        shown = (tuple(given.shape), given.dtype) if given is embeddings else type(embeddings)
+        raise ValueError(
+            f"supports must be a tensor [S, D] of floats with at least one row, not {shown}"
+        )
     names = listed(labels, len(embeddings))
     supports = embeddings.detach()
     check_embeddings(supports, what="support")

@@ -47,10 +47,7 @@ class Rule:
 
     def __post_init__(self) -> None:
         if not callable(self.weights):
-            raise TypeError(
-                f"the weights of rule {self.name!r} must be a function of activations and "
-                f"gradients, not {type(self.weights).__name__}"
-            )
+            raise TypeError(f"rule {self.name!r} must be a function of activations and gradients")
 
     def apply(self, activations: Tensor, gradients: Tensor, *, sum_channels: bool = True) -> Tensor:
         """Activations ``[B, C, R]``, gradients ``[B, k, C, R or 1]`` -> maps ``[B, k, 1 or C, R]``.

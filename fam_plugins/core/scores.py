@@ -47,7 +47,12 @@ class Frozen:
     def at(self, embeddings: Tensor) -> Tensor:
         """The embeddings to freeze at: these ones, or the remembered ones on a replay."""
         if self._replay is not None:
-            return next(self._replay)
+            point = next(self._replay, None)
+            if point is None:
+                raise RuntimeError(
+                    "there are more scores to replay than were noted: replay only once"
+                )
+            return point
         self.points.append(embeddings.detach())
         return self.points[-1]
 
@@ -130,19 +135,12 @@ def score(
     wide = torch.promote_types(given, torch.float32)
     with full_precision(embeddings.device):
         embeddings = embeddings.to(wide)
-        compare: Callable[[Tensor, Tensor], Tensor] = chosen.compare
+        compare: Callable[[Tensor, Tensor], Tensor] = chosen.scores
         if frozen is not None and chosen.scale_free and not frozen.replaying:
             frozen.zero.append((embeddings.detach() == 0).all(dim=1))
         if frozen is not None and frozen.freeze:
             compare = partial(chosen.frozen, point=frozen.at(embeddings))
         scores = compare(embeddings, references.to(wide))
-        expected = (len(embeddings), len(references))
-        shape = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-        if shape != expected:
-            raise ValueError(
-                f"similarity {chosen.name!r} returns {shape} for {expected[0]} embeddings and "
-                f"{expected[1]} references: return scores [B, N], larger meaning more alike"
-            )
         if isinstance(contrast, Tensor):
             against = compare(embeddings, contrast.to(wide)).mean(dim=1, keepdim=True)
             scores = _less(scores, against)

@@ -48,13 +48,34 @@ class Similarity:
     scale_free: bool = False
     by_reference: bool = True
 
+    def __post_init__(self) -> None:
+        if not callable(self.compare) or not (self.linear is None or callable(self.linear)):
+            raise TypeError(
+                f"{self.name!r}: compare, linear must be a function of embeddings and references"
+            )
+
+    def scores(self, embeddings: Tensor, references: Tensor) -> Tensor:
+        """The score ``[B, N]``, refused if it has another shape."""
+        return self._checked(self.compare(embeddings, references), embeddings, references)
+
+    def _checked(self, scores: Any, embeddings: Tensor, references: Tensor) -> Tensor:
+        expected = (len(embeddings), len(references))
+        if not isinstance(scores, Tensor) or tuple(scores.shape) != expected:
+            shape = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+            raise ValueError(
+                f"similarity {self.name!r} returns {shape} for {expected[0]} embeddings and "
+                f"{expected[1]} references: return scores [B, N], larger meaning more alike"
+            )
+        return scores
+
     def frozen(self, embeddings: Tensor, references: Tensor, point: Tensor) -> Tensor:
         """The score ``[B, N]`` with the gradient of its linear form, exact at ``point``."""
         if self.linear is None:
-            return self.compare(embeddings, references)
+            return self.scores(embeddings, references)
         with torch.no_grad():
-            value = self.compare(point, references)
-        return value + self.linear(embeddings - point, references, point)
+            value = self.scores(point, references)
+        change = self.linear(embeddings - point, references, point)
+        return value + self._checked(change, embeddings, references)
 
 
 def unit_length(vectors: Tensor, at: Tensor | None = None) -> Tensor:

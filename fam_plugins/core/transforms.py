@@ -138,7 +138,8 @@ def infer_transform(
         >>> infer_transform(vit, "encoder", torch.rand(1, 3, 32, 32))
         tokens_to_map(h=4, w=4, skip=1)
     """
-    if not isinstance(example_input, Tensor) or example_input.dim() == 3:
+    seen = example_input if isinstance(example_input, Tensor) else None
+    if seen is None or seen.dim() == 3 or seen.numel() == 0:
         raise TypeError(
             f"example_input is {_described(example_input)}, not a tensor of images [B, C, H, W]: "
             "a single image needs a batch dimension (image[None])"

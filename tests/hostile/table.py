@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -38,6 +38,10 @@ class Use:
     says: str = ""
     late: bool = False
     model: Callable[[], nn.Module] = similarity_model
+
+    def on(self, make: Callable[[], nn.Module]) -> Use:
+        """The same use, on another model than a similarity model if it names none itself."""
+        return replace(self, model=make) if self.model is similarity_model else self
 
     def check(self) -> None:
         model = self.model()

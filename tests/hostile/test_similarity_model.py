@@ -42,10 +42,6 @@ def on_disk(dtype=np.float32, shape=(5, 6)):
     return np.load(path, mmap_mode="r")
 
 
-def plain():
-    return encoder()
-
-
 def built(references=ROWS, **options):
     return lambda net: SimilarityModel(net, references, **options)(X).isfinite().all()
 
@@ -291,12 +287,12 @@ STATE = [
 
 @pytest.mark.parametrize("row", CONSTRUCTOR)
 def test_constructor(row):
-    _with(row, plain).check()
+    row.on(encoder).check()
 
 
 @pytest.mark.parametrize("row", SUPPORT)
 def test_from_support(row):
-    _with(row, plain).check()
+    row.on(encoder).check()
 
 
 @pytest.mark.parametrize("row", SCORE)
@@ -307,13 +303,6 @@ def test_score(row):
 @pytest.mark.parametrize("row", STATE)
 def test_state_dict(row):
     row.check()
-
-
-def _with(row, make):
-    """The row on another model than a similarity model, where it names none itself."""
-    from dataclasses import replace
-
-    return row if row.model is not similarity_model else replace(row, model=make)
 
 
 def test_the_other_network_stayed_as_it_was():
