@@ -8,7 +8,7 @@ refuse with a ValueError what would be scored without meaning anything: a bare e
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fam_plugins.cape.head import CapeHead
+from fam_plugins.core.eval_mode import check_module
 from fam_plugins.core.layer_pass import find_layer
 from fam_plugins.core.maps import check_finite
 from fam_plugins.core.references import as_tensor, at_home
@@ -47,7 +48,9 @@ def for_captum(attribution: Any, *, interpolate_mode: str = "bilinear") -> Calla
     _check_attribution(attribution)
 
     def explain(inputs: Any, **arguments: Any) -> tuple[Tensor]:
-        (images,) = inputs if isinstance(inputs, tuple) else (inputs,)
+        if isinstance(inputs, tuple) and len(inputs) != 1:
+            raise ValueError(f"inputs has {len(inputs)} tensors: pass one tensor of images")
+        images = inputs[0] if isinstance(inputs, tuple) else inputs
         maps = _at_size(attribution.attribute(images, **arguments), images, interpolate_mode)
         return (maps.expand_as(images).contiguous(),)
 
@@ -74,8 +77,9 @@ def for_grad_cam(maps: Tensor, size: tuple[int, int]) -> np.ndarray:
     """
     from pytorch_grad_cam.utils.image import scale_cam_image
 
-    if not (isinstance(size, Sequence) and len(size) == 2 and all(type(s) is int for s in size)):
-        raise ValueError(f"size must be (height, width), such as images.shape[2:], not {size!r}")
+    sides = size if isinstance(size, (tuple, list)) else ()
+    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+        raise ValueError("size must be (height, width), ints such as images.shape[2:]")
     positive = _check_varied(_check_map(maps).clamp_min(0))[:, 0].float().cpu().numpy()
     return np.asarray(scale_cam_image(scale_cam_image(positive, tuple(size)[::-1])))
 
@@ -155,7 +159,7 @@ def for_torchcam(attribution: Any, *, classifier: bool = False) -> _Extractor:
         torch.Size([2, 4, 4])
     """
     _check_attribution(attribution)
-    if not isinstance(attribution.forward_func, nn.Module):
+    if not isinstance(getattr(attribution, "forward_func", None), nn.Module):
         raise TypeError("torchcam's metrics run the model themselves: explain a module")
     _check_scores(attribution.forward_func, classifier)
     return _Extractor(attribution)
@@ -193,6 +197,10 @@ class _Extractor(AbstractContextManager["_Extractor"]):
             raise ValueError("pass class_idx: a layer attribution explains classes, not targets")
         if self._images is None:
             raise RuntimeError("run extractor.model(images) before asking for their maps")
+        if class_idx is None and not isinstance(scores, Tensor):
+            raise TypeError(
+                "pass class_idx, or the scores [B, N] of which the highest is explained"
+            )
         chosen = scores.argmax(dim=-1).tolist() if class_idx is None else class_idx
         with self._hooks_off():
             maps = self._attribute(self._images, target=chosen)
@@ -221,6 +229,7 @@ class _Extractor(AbstractContextManager["_Extractor"]):
 
 def _check_scores(model: nn.Module, classifier: bool) -> None:
     """Refuse what may be a bare encoder, whose "classes" are embedding dimensions."""
+    check_module(model)
     known = [part for part in model.modules() if isinstance(part, (SimilarityModel, CapeHead))]
     if not known and not classifier:
         raise ValueError(
@@ -241,7 +250,7 @@ def _check_attribution(given: Any) -> None:
 
 def _check_map(maps: Tensor, dim: int = 4) -> Tensor:
     """Return maps ``[B, 1, h, w]`` detached, and refuse NaN and one map per channel."""
-    if not isinstance(maps, Tensor) or maps.dim() != dim or maps.shape[1] != 1:
+    if not isinstance(maps, Tensor) or maps.dim() != dim or maps.shape[1] != 1 or not len(maps):
         shape = tuple(maps.shape) if isinstance(maps, Tensor) else type(maps).__name__
         raise ValueError(
             f"maps have shape {shape}, not [B, 1, h, w]: explain a convolutional layer "
