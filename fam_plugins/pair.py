@@ -134,6 +134,8 @@ def explain_pair(
             against = embed_once(encoder, contrast, "contrast")
         one, two = side(a), side(b)
         check_embeddings(one.point, width=two.point.shape[1], what="embedding of a")
+        if against is not None:
+            check_embeddings(against, width=two.point.shape[1], what="contrast")
         with torch.no_grad():
             value = _pairwise(how, two.point)(one.point).clone()
         maps, differences, deltas = [], [], []

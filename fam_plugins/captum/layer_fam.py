@@ -79,8 +79,7 @@ class LayerFam(LayerAttribution):
     ) -> None:
         super().__init__(forward_func, layer, device_ids)
         self.rule: str | Rule = choose_rule(rule)
-        if reshape_transform != "auto":
-            check_transform(reshape_transform)
+        check_transform(reshape_transform)
         self.reshape_transform = reshape_transform
 
     @log_usage()
@@ -138,7 +137,9 @@ class LayerFam(LayerAttribution):
             )
         scores = ModelScores(self.forward_func)
         forward = partial(run_forward, scores.forward, inputs, additional_forward_args)
-        score = partial(scores.select, pick=partial(select_scores, target=target))
+        pick = partial(select_scores, target=target)
+        scores.check(batch_size(inputs), pick)
+        score = partial(scores.select, pick=pick)
         (maps,) = one.explain(
             forward, inputs, score, sum_channels=attr_dim_summation, **(grad_kwargs or {})
         )
@@ -229,6 +230,11 @@ class LayerFam(LayerAttribution):
         Raises:
             ValueError: If the rule does not add up; and as for :meth:`attribute`.
         """
+        parts = attributions if isinstance(attributions, tuple) else (attributions,)
+        count = batch_size(inputs)
+        fit = all(isinstance(p, Tensor) and p.dim() > 1 and len(p) == count for p in parts)
+        if self.has_convergence_delta() and not fit:
+            raise ValueError(f"attributions must be {count} maps, as attribute returns them")
         maps, delta = self.attribute(
             inputs,
             target,

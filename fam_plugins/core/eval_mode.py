@@ -9,12 +9,22 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-__all__ = ["eval_mode", "place_of"]
+__all__ = ["check_module", "eval_mode", "place_of"]
 
 
 _lock = threading.Lock()
 _held: dict[nn.Module, tuple[int, bool]] = {}
 """Of every module in eval mode for a while: how many blocks hold it there, and its own mode."""
+
+
+def check_module(module: object, what: str = "the model") -> None:
+    """Refuse a function, a name or a class where a module is needed."""
+    if not isinstance(module, nn.Module):
+        kind = "a class" if isinstance(module, type) else type(module).__name__
+        raise TypeError(
+            f"{what} must be a torch.nn.Module, not {kind}: build it first, and wrap a function in "
+            "a module whose forward calls it"
+        )
 
 
 @contextmanager
@@ -31,6 +41,7 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
         >>> dropout.training
         True
     """
+    check_module(module)
     with _lock:
         # What is in eval mode by itself stays there, whoever comes and goes.
         parts = [part for part in module.modules() if part.training or part in _held]

@@ -214,7 +214,14 @@ def find_layer(model: object, layer: nn.Module | str | None) -> tuple[nn.Module,
     Inside a model with an ``encoder``, names may start at the encoder. A layer given as a module
     need not be part of the model.
     """
+    if not callable(model):
+        kind = type(model).__name__
+        raise TypeError(f"the model must be a module or a function of one, not {kind}: build it")
     root = model if isinstance(model, nn.Module) else getattr(model, "__self__", None)
+    if isinstance(layer, torch.jit.ScriptModule):
+        raise TypeError(
+            "layer is scripted or traced and cannot be watched: explain the model before"
+        )
     if isinstance(layer, nn.Module):
         modules = root.named_modules() if isinstance(root, nn.Module) else iter(())
         return layer, next((n for n, m in modules if m is layer), type(layer).__name__)
@@ -230,7 +237,7 @@ def find_layer(model: object, layer: nn.Module | str | None) -> tuple[nn.Module,
     named = dict(root.named_modules())
     for name in (layer, f"encoder.{layer}"):
         if name and name in named:
-            return named[name], name
+            return find_layer(model, named[name])
     raise ValueError(unknown_name("layer", layer, [name for name in named if name]))
 
 

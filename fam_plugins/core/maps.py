@@ -20,7 +20,7 @@ from fam_plugins.core.rules import RULES, Rule, find_rule
 from fam_plugins.core.scores import ACTIVE, Frozen, frozen_scores, full_precision
 from fam_plugins.core.transforms import Transform, transform_for
 
-__all__ = ["MapPass", "check_finite"]
+__all__ = ["MapPass", "batch_size", "check_finite"]
 
 T = TypeVar("T")
 
@@ -79,11 +79,8 @@ class MapPass:
             ValueError: If there is no image, or a layer gives no map per image; and as
                 :meth:`LayerPass.run`.
         """
+        batch = batch_size(images)
         inputs = images if isinstance(images, tuple) else (images,)
-        if not inputs or not isinstance(inputs[0], Tensor):
-            raise TypeError(f"inputs must be a tensor or a tuple of tensors, not {type(images)}")
-        if len(inputs[0]) == 0:
-            raise ValueError("the batch is empty: pass at least one image")
         one = self._pass
         in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         cuda = torch.cuda.get_rng_state_all() if in_use else []
@@ -96,11 +93,11 @@ class MapPass:
         ):
             given = [tensor.detach() for tensor in tracked]
             transform = None if isinstance(self._given, str) else self._given
-            if isinstance(self._given, str) and [len(part) for part in given] == [len(inputs[0])]:
+            if isinstance(self._given, str) and [len(part) for part in given] == [batch]:
                 transform = transform_for(self._model, layer, name, given[0].shape, shape)
             self._transforms.append(transform)
             arranged = self._arranged(index, given)
-            self._check(name, transform, arranged, len(inputs[0]))
+            self._check(name, transform, arranged, batch)
             self.activations.append(arranged)
         return output
 
@@ -196,9 +193,9 @@ class MapPass:
     def warn(self) -> None:
         """Warn of embeddings of zeros, and of the published rule with a contrast set."""
         batch = len(self.activations[0][0])
-        zero = torch.cat(self._noted.zero)[:batch] if self._noted.zero else None
-        if zero is not None and zero.any():
-            rows = ", ".join(map(str, zero.nonzero().flatten().tolist()))
+        zero = torch.cat(self._noted.zero)[:batch].tolist() if self._noted.zero else []
+        if any(zero):
+            rows = ", ".join(str(row) for row, none in enumerate(zero) if none)
             warn_user(
                 f"embedding row {rows} is all zero (a black or masked image?): it has no "
                 "direction, so its score is 0 and its map is zero"
@@ -260,6 +257,19 @@ class MapPass:
             maps = self.rule.apply(regions.to(wide), gradients.to(wide), sum_channels=sum_channels)
         shape = (*maps.shape[:3], *activation.shape[2:])
         return check_finite(maps.to(activation.dtype).reshape(shape).contiguous())
+
+
+def batch_size(inputs: Any) -> int:
+    """The number of images: of a tensor, or of a tuple of tensors that starts with one."""
+    first = inputs[0] if isinstance(inputs, tuple) and inputs else inputs
+    if not isinstance(first, Tensor):
+        raise TypeError(
+            f"inputs must be a tensor or a tuple of tensors, not {type(inputs).__name__}: "
+            "torch.stack(images) for a list, torch.as_tensor(images) for an array"
+        )
+    if first.dim() == 0 or len(first) == 0:
+        raise ValueError("the batch is empty: pass at least one image")
+    return len(first)
 
 
 def check_finite(attribution: Tensor) -> Tensor:

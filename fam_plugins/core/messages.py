@@ -26,7 +26,8 @@ def unknown_name(
     """
     names = list(known)
     also = dict(aliases or {})
-    close = difflib.get_close_matches(str(name).lower(), [*names, *also], n=3, cutoff=0.5)
+    close = [known for known in names if known.endswith(f".{name}")][:3]  # a layer further inside
+    close = close or difflib.get_close_matches(str(name).lower(), [*names, *also], n=3, cutoff=0.5)
     close = list(dict.fromkeys(also.get(found, repr(found)) for found in close))
     meant = f"did you mean {' or '.join(close)}? " if close else ""
     listed = ", ".join(map(repr, names[:12])) + (", ..." if len(names) > 12 else "")

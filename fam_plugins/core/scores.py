@@ -47,7 +47,12 @@ class Frozen:
     def at(self, embeddings: Tensor) -> Tensor:
         """The embeddings to freeze at: these ones, or the remembered ones on a replay."""
         if self._replay is not None:
-            return next(self._replay)
+            point = next(self._replay, None)
+            if point is None:
+                raise RuntimeError(
+                    "there are more scores to replay than were noted: replay only once"
+                )
+            return point
         self.points.append(embeddings.detach())
         return self.points[-1]
 
@@ -125,12 +130,12 @@ def score(
     """
     chosen = similarity if isinstance(similarity, Similarity) else as_similarity(similarity)
     frozen = ACTIVE.get()
+    check_embeddings(embeddings, width=references.shape[1])
     given = torch.promote_types(embeddings.dtype, references.dtype)
     wide = torch.promote_types(given, torch.float32)
-    check_embeddings(embeddings, width=references.shape[1])
     with full_precision(embeddings.device):
         embeddings = embeddings.to(wide)
-        compare: Callable[[Tensor, Tensor], Tensor] = chosen.compare
+        compare: Callable[[Tensor, Tensor], Tensor] = chosen.scores
         if frozen is not None and chosen.scale_free and not frozen.replaying:
             frozen.zero.append((embeddings.detach() == 0).all(dim=1))
         if frozen is not None and frozen.freeze:
@@ -174,7 +179,15 @@ def embed(encoder: nn.Module, images: Tensor) -> Tensor:
     """Run an encoder and make sure that what it returns are embeddings ``[B, D]``."""
     if isinstance(images, Tensor) and images.dim() > 0 and images.shape[0] == 0:
         raise ValueError("the batch is empty: pass at least one image")
-    embeddings = encoder(images)
+    try:
+        embeddings = encoder(images)
+    except ValueError as error:  # of a batch norm, or of B, C, H, W = images.shape
+        if images.dim() != 3:
+            raise
+        raise ValueError(
+            f"the encoder does not take {tuple(images.shape)}: a single image needs a batch "
+            f"dimension (image[None]). It says: {error}"
+        ) from error
     if not isinstance(embeddings, Tensor):
         raise TypeError(
             f"the encoder returns a {type(embeddings).__name__}, not a tensor: wrap it in a module "
@@ -196,7 +209,12 @@ def embed(encoder: nn.Module, images: Tensor) -> Tensor:
 def check_embeddings(
     embeddings: Tensor, *, width: int | None = None, what: str = "embedding"
 ) -> None:
-    """Refuse embeddings ``[B, D]`` of another width, or not finite."""
+    """Refuse what is no ``[B, D]``, embeddings of another width, or not finite."""
+    if not isinstance(embeddings, Tensor) or embeddings.dim() != 2:
+        kind = tuple(embeddings.shape) if isinstance(embeddings, Tensor) else type(embeddings)
+        raise ValueError(
+            f"{what} is {kind}, not a tensor [B, D]: a single one needs a first dimension (z[None])"
+        )
     if width is not None and embeddings.shape[1] != width:
         raise ValueError(
             f"the {what} has {embeddings.shape[1]} values and the references have {width}: "

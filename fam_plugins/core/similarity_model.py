@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fam_plugins.core.eval_mode import check_module
 from fam_plugins.core.gallery import Gallery, is_on_disk
-from fam_plugins.core.references import embed_once, prototypes, unique_labels
+from fam_plugins.core.references import as_tensor, embed_once, listed, prototypes, unique_labels
 from fam_plugins.core.scores import Contrast, embed, score, subtract_others
 from fam_plugins.core.similarity import Similarity, as_similarity
 
@@ -74,11 +75,7 @@ class SimilarityModel(nn.Module):
         chunk_size: int = 32,
     ) -> None:
         super().__init__()
-        if not isinstance(encoder, nn.Module):
-            raise TypeError(
-                f"encoder must be a torch.nn.Module, not {type(encoder).__name__}: wrap a function "
-                "in a module whose forward calls it"
-            )
+        check_module(encoder, "encoder")
         chosen = as_similarity(similarity)
         if isinstance(contrast, str) and contrast != "others":
             raise ValueError(f'contrast must be "others", embeddings or images, not {contrast!r}')
@@ -153,19 +150,18 @@ class SimilarityModel(nn.Module):
             (('a', 'b'), torch.Size([2, 3]))
         """
         as_similarity(similarity)
-        if len(labels) != len(images):
-            raise ValueError(
-                f"there are {len(images)} supports and {len(labels)} labels: give one label each"
-            )
-        supports = embed_once(encoder, images, "supports", chunk_size)
+        check_module(encoder, "encoder")
+        given = as_tensor(images, "supports")
+        names = listed(labels, len(given) if given.dim() else 0)
+        supports = embed_once(encoder, given, "supports", chunk_size)
         model = cls(
             encoder,
-            prototypes(supports, labels, similarity),
+            prototypes(supports, names, similarity),
             similarity=similarity,
             contrast=contrast,
             chunk_size=chunk_size,
         )
-        model.labels = tuple(unique_labels(labels))
+        model.labels = tuple(unique_labels(names))
         return model
 
     @property
@@ -207,6 +203,7 @@ class SimilarityModel(nn.Module):
             >>> model.score(torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([2, 0]))
             tensor([[3., 1.]])
         """
+        rows = None if rows is None else as_tensor(rows, "rows")
         if rows is not None and not self._others and self._similarity.by_reference:
             return score(self._similarity, embeddings, self._rows(rows, embeddings), self.contrast)
         scores = self._against_all(embeddings)
@@ -255,6 +252,11 @@ class SimilarityModel(nn.Module):
                 "model as it was saved"
             )
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        if f"{prefix}_extra_state" in state_dict:  # before any value is overwritten
+            self.set_extra_state(state_dict[f"{prefix}_extra_state"])
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     def extra_repr(self) -> str:
         """Show the number of references, their width, the similarity and the contrast."""
         count, width = self.references.shape
@@ -297,3 +299,8 @@ class ModelScores:
         numbers = torch.arange(len(self.model.references), device=end.device)
         chosen = pick(numbers.expand(len(end), -1))
         return self.model.score(end, chosen).diagonal()
+
+    def check(self, batch: int, pick: Callable[[Any], Tensor]) -> None:
+        """Let ``pick`` refuse, before any work, what no output ``[B, N]`` has."""
+        if self.model is not None:
+            pick(torch.zeros((), device="cpu").expand(batch, len(self.model.references)))

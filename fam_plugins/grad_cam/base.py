@@ -108,6 +108,8 @@ class OnePassCAM(BaseCAM):
         Warns:
             UserWarning: If rule ``"fam"`` meets a contrast set.
         """
+        check_images(input_tensor)
+        _check_targets(targets, len(input_tensor))
         if aug_smooth and input_tensor.dim() != 4:
             raise ValueError("aug_smooth flips images [B, C, H, W]; for volumes leave it out")
         cams: np.ndarray = super().__call__(input_tensor, targets, aug_smooth, eigen_smooth)
@@ -122,8 +124,6 @@ class OnePassCAM(BaseCAM):
         eigen_smooth: bool = False,
     ) -> np.ndarray:
         """Explain a batch without augmentation; see :meth:`__call__`."""
-        check_images(input_tensor)
-        _check_targets(targets, len(input_tensor))
         if self.device is not None:
             input_tensor = input_tensor.to(self.device)
         outputs = self.activations_and_grads(input_tensor)
@@ -210,6 +210,9 @@ def check_images(images: Tensor) -> None:
 def _check_targets(targets: Sequence[object] | None, count: int) -> None:
     if targets is None:
         return
+    if not isinstance(targets, (Sequence, np.ndarray, Tensor)):
+        kind = type(targets).__name__
+        raise TypeError(f"targets is a {kind}: pass a list, [target] * len(input_tensor)")
     if len(targets) != count:
         raise ValueError(
             f"there are {len(targets)} targets for {count} images: pass one target per image, such "
