@@ -79,7 +79,8 @@ class LayerFam(LayerAttribution):
     ) -> None:
         super().__init__(forward_func, layer, device_ids)
         self.rule: str | Rule = choose_rule(rule)
-        check_transform(reshape_transform)
+        if not isinstance(reshape_transform, str) or reshape_transform != "auto":
+            check_transform(reshape_transform)
         self.reshape_transform = reshape_transform
 
     @log_usage()
@@ -135,18 +136,16 @@ class LayerFam(LayerAttribution):
                 f'rule "{one.rule.name}" does not add up to the score, so it has no convergence '
                 'delta: use LayerFam(..., rule="additive")'
             )
-        scores = ModelScores(self.forward_func)
-        forward = partial(run_forward, scores.forward, inputs, additional_forward_args)
         pick = partial(select_scores, target=target)
-        scores.check(batch_size(inputs), pick)
-        score = partial(scores.select, pick=pick)
+        scores = ModelScores(self.forward_func, pick, batch_size(inputs))
+        forward = partial(run_forward, scores.forward, inputs, None, additional_forward_args)
         (maps,) = one.explain(
-            forward, inputs, score, sum_channels=attr_dim_summation, **(grad_kwargs or {})
+            forward, inputs, scores.select, sum_channels=attr_dim_summation, **(grad_kwargs or {})
         )
         result = _shown(maps, relu_attributions)
         if not return_convergence_delta:
             return result
-        constant = one.constant(lambda: score(forward()))
+        constant = one.constant(lambda: scores.select(forward()))
         return result, _total(maps) + constant - one.scores
 
     @log_usage()
@@ -196,7 +195,7 @@ class LayerFam(LayerAttribution):
         (maps,) = map_references(
             self._pass(),
             scores,
-            partial(run_forward, scores.forward, inputs, additional_forward_args),
+            partial(run_forward, scores.forward, inputs, None, additional_forward_args),
             inputs,
             indices=chosen,
             per_chunk=references_per_chunk,

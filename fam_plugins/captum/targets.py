@@ -7,12 +7,12 @@ the same in Captum 0.7 to 0.9.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from operator import index
 from typing import Any
 
 import torch
-from captum._utils.common import _run_forward, _select_targets
+from captum._utils.common import _run_forward as run_forward
+from captum._utils.common import _select_targets
 from torch import Tensor
 
 from fam_plugins.core.maps import batch_size
@@ -20,11 +20,6 @@ from fam_plugins.core.maps import batch_size
 __all__ = ["TensorOrTensors", "batch_size", "run_forward", "select_scores"]
 
 TensorOrTensors = Tensor | tuple[Tensor, ...]
-
-
-def run_forward(forward_func: Callable[..., Any], inputs: Any, additional_forward_args: Any) -> Any:
-    """Call ``forward_func`` as every Captum method does."""
-    return _run_forward(forward_func, inputs, None, additional_forward_args)
 
 
 def select_scores(output: Any, target: Any) -> Tensor:

@@ -32,14 +32,6 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
     """Put a module into eval mode for a while, then give every submodule its own mode back.
 
     Blocks may overlap, in one thread or in several: the last one to end gives the mode back.
-
-    Example:
-        >>> dropout = nn.Dropout()
-        >>> with eval_mode(dropout):
-        ...     dropout.training
-        False
-        >>> dropout.training
-        True
     """
     check_module(module)
     with _lock:
@@ -63,12 +55,7 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
 
 
 def place_of(module: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
-    """Device and floating dtype of a module's weights; ``None`` where it has none.
-
-    Example:
-        >>> place_of(nn.Linear(1, 1))
-        (device(type='cpu'), torch.float32)
-    """
+    """Device and floating dtype of a module's weights; ``None`` where it has none."""
     for tensor in (*module.parameters(), *module.buffers()):
         if tensor.is_floating_point():
             return tensor.device, tensor.dtype

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -203,7 +204,8 @@ class SimilarityModel(nn.Module):
             >>> model.score(torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([2, 0]))
             tensor([[3., 1.]])
         """
-        rows = None if rows is None else as_tensor(rows, "rows")
+        if not (rows is None or isinstance(rows, Tensor)):
+            rows = as_tensor(rows, "rows")
         if rows is not None and not self._others and self._similarity.by_reference:
             return score(self._similarity, embeddings, self._rows(rows, embeddings), self.contrast)
         scores = self._against_all(embeddings)
@@ -275,32 +277,35 @@ class ModelScores:
     A :class:`SimilarityModel` ends here in its embedding ``[B, D]``, from which only the wanted
     references are scored. Any other model ends in what it returns.
 
-    Args:
-        forward_func: The model, or any function of it.
-
-    Attributes:
-        forward: What to call instead of ``forward_func``; returns the end.
-        model: The similarity model, or ``None``.
+    ``pick`` selects scores ``[B]`` out of ``[B, N]`` for :meth:`select`. ``forward`` is what to
+    call instead of ``forward_func``, and returns the end; ``model`` is the similarity model, or
+    ``None``.
     """
 
-    def __init__(self, forward_func: Callable[..., Any]) -> None:
+    def __init__(
+        self,
+        forward_func: Callable[..., Any],
+        pick: Callable[[Any], Tensor] = torch.as_tensor,
+        batch: int | None = None,
+    ) -> None:
         self.model: SimilarityModel | None = None
         self.forward = forward_func
+        self._pick = pick
+        kind: Any = type(forward_func)
         # A subclass with a forward of its own may do anything with the scores.
-        own = getattr(type(forward_func), "forward", None)
-        if isinstance(forward_func, SimilarityModel) and own is SimilarityModel.forward:
+        if isinstance(forward_func, SimilarityModel) and kind.forward is SimilarityModel.forward:
             self.model = forward_func
-            self.forward = forward_func.embed
+            usual = kind.embed is SimilarityModel.embed
+            self.forward = partial(embed, forward_func.encoder) if usual else forward_func.embed
+            if batch is not None:
+                # Before any work: what no output has is refused here.
+                rows = forward_func.references
+                like = rows if isinstance(rows, Tensor) else next(forward_func.parameters(), None)
+                device = "cpu" if like is None else like.device
+                self._chosen = pick(torch.arange(len(rows), device=device).expand(batch, -1))
 
-    def select(self, end: Any, pick: Callable[[Any], Tensor]) -> Tensor:
-        """The score ``[B]`` that ``pick`` selects out of the model's scores ``[B, N]``."""
+    def select(self, end: Any) -> Tensor:
+        """The score ``[B]`` that was picked, from what :attr:`forward` returned."""
         if self.model is None:
-            return pick(end)
-        numbers = torch.arange(len(self.model.references), device=end.device)
-        chosen = pick(numbers.expand(len(end), -1))
-        return self.model.score(end, chosen).diagonal()
-
-    def check(self, batch: int, pick: Callable[[Any], Tensor]) -> None:
-        """Let ``pick`` refuse, before any work, what no output ``[B, N]`` has."""
-        if self.model is not None:
-            pick(torch.zeros((), device="cpu").expand(batch, len(self.model.references)))
+            return self._pick(end)
+        return self.model.score(end, self._chosen).diagonal()

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fam_plugins.core.eval_mode import eval_mode
-from fam_plugins.core.layer_pass import LayerPass
+from fam_plugins.core.layer_pass import LayerPass, fits_image
 
 __all__ = [
     "Transform",
@@ -184,7 +184,7 @@ def transform_for(
     size = tuple(images[2:])
     if len(given) == 3:
         return _for_tokens(model, layer, name, given[1], size)
-    first, last = _is_grid(given[2:], size), _is_grid(given[1:3], size)
+    first, last = fits_image(given[2:], size), fits_image(given[1:3], size)
     if first and not (last and type(layer) is nn.LayerNorm):
         return None
     if _puts_channels_second(layer, given):
@@ -204,12 +204,6 @@ def _puts_channels_second(layer: nn.Module, given: Sequence[int]) -> bool:
     widths = {m.out_channels for m in layer.modules() if isinstance(m, convolutions)}
     widths |= {m.num_features for m in layer.modules() if isinstance(m, nn.BatchNorm2d)}
     return given[1] in widths and given[3] not in widths
-
-
-def _is_grid(grid: Sequence[int], size: Sequence[int]) -> bool:
-    """Whether a grid has the shape of the image, up to one row or column."""
-    (h, w), (height, width) = grid, size
-    return abs(h * width - w * height) <= max(height, width)
 
 
 def _for_tokens(

@@ -27,16 +27,9 @@ class OnePassCAM(BaseCAM):
     and copies every activation to the host. Here hooks live only while the model runs, modes and
     gradients stay as they were, and only the finished map leaves the device.
 
-    Args:
-        model: The model to explain.
-        target_layers: The layers whose maps are averaged.
-        reshape_transform: Rearranges what a layer gives into ``[B, C, h, w]``.
-
-    Attributes:
-        attributions: After a call, the maps before ReLU and scaling: one tensor ``[B, 1, h, w]``
-            per target layer, on the layer's device; ``None`` after ``aug_smooth``, whose result is
-            an average over six passes.
-        outputs: After a call, what the model returned, detached.
+    After a call, ``attributions`` holds the maps before ReLU and scaling, one tensor
+    ``[B, 1, h, w]`` per target layer (``None`` after ``aug_smooth``, whose result is an average
+    over six passes), and ``outputs`` what the model returned, detached.
     """
 
     def __init__(
