@@ -271,6 +271,20 @@ def test_auto_is_the_transform_given_by_hand(build, layer, transform, wrap):
     np.testing.assert_array_equal(ours, FAM(model, [module], transform)(IMAGES, targets))
 
 
+def test_auto_looks_for_the_images_among_several_inputs():
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = vit()
+
+        def forward(self, scale, images):
+            return self.net(scale[:, :, None, None] * images)
+
+    layer = "net.encoder.layers.encoder_layer_1.ln_1"
+    maps = LayerFam(Scaled(), layer).attribute((torch.ones(2, 1), IMAGES), 1)
+    assert torch.equal(maps, LayerFam(vit(), layer[4:]).attribute(IMAGES, 1))
+
+
 def test_auto_takes_no_further_forward_pass_and_tells_layers_apart():
     net = encoder()
     LayerFam(net, "last", reshape_transform="auto").attribute(IMAGES, 1)
