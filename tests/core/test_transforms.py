@@ -330,6 +330,9 @@ def test_modules_of_known_layout_are_believed():
     """A spectrogram's map of another shape than the image, and a Swin as wide as it is high."""
     strided = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU())
     assert transform_for(strided, strided, "0", (2, 16, 32, 64), (2, 3, 128, 512)) is None
+    # Eight channels of 8 x 4, which look like a map of 8 x 8 with its channels last.
+    wide = nn.Conv2d(3, 8, 3, stride=(4, 8))
+    assert transform_for(wide, wide, "0", (2, 8, 8, 4), (2, 3, 32, 32)) is None
     norm = nn.LayerNorm(8)
     found = transform_for(norm, norm, "norm", (2, 8, 8, 8), (2, 3, 32, 32))
     assert found is channels_last_to_map
