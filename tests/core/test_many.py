@@ -151,6 +151,7 @@ def steps(monkeypatch):
         (TAILS["linear head"], 1, 2, [1, 2]),  # two references cost less than the matrix
         (TAILS["linear head"], 3, 1, [1]),  # and one less than the probe
         (TAILS["hidden layer"], 3, 9, [1, 2, 4, 4, 1]),  # no matrix is found
+        (TAILS["regions weighted"], 3, 9, [1, 4, 4, 1]),  # nor looked for
         (lambda: with_head(NearlyLinear(6, 6)), 3, 9, [1, 2, 4, 4, 1]),
         (lambda: encoder().bfloat16(), 3, 9, [4, 4, 1]),  # where rounding hides the difference
     ],

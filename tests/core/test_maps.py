@@ -218,6 +218,23 @@ def test_maps_are_contiguous_whatever_the_layer_gives(channels):
         assert explainer.attribute(images, 1, attr_dim_summation=channels).is_contiguous()
 
 
+def test_the_constant_term_is_measured_under_the_same_dropout():
+    torch.manual_seed(0)
+    head = nn.Sequential(nn.Linear(6, 50), nn.Dropout(0.5), nn.Linear(50, 3))
+    net = nn.Sequential(nn.Identity(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), head).train()
+    explainer = LayerFam(net, "0", rule="additive")
+    images = torch.randn(2, 6, 4, 5)
+    deltas = [explainer.attribute(images, 1, return_convergence_delta=True)[1] for _ in range(3)]
+    assert torch.stack(deltas).abs().max() < 1e-5
+    # Measuring it moves nobody's random numbers: both draw one mask.
+    torch.manual_seed(1)
+    explainer.attribute(images, 1)
+    state = torch.get_rng_state()
+    torch.manual_seed(1)
+    explainer.attribute(images, 1, return_convergence_delta=True)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 class TestZeroEmbedding:
     """A black image through an encoder without biases: nothing to explain, and nothing to crash."""
 
@@ -240,7 +257,9 @@ class TestZeroEmbedding:
         model = self.model()
         for explain in (
             lambda: LayerFam(model, layer, rule=rule).attribute(self.images, 1),
-            lambda: LayerFam(model, layer, rule=rule).attribute_references(self.images)[:, 1],
+            lambda: LayerFam(model, layer, rule=rule).attribute_references(
+                self.images, references_per_chunk=1
+            )[:, 1],
             lambda: self.fam(model, layer, rule),
             lambda: (
                 explain_pair(

@@ -65,6 +65,20 @@ def test_the_buffer_follows_the_module():
     assert torch.equal(other(IMAGES.double()), model(IMAGES.double()))
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"similarity": "dot"}, "scores by cosine with no contrast, and this one by dot with no"),
+        ({"contrast": "others"}, "and this one by cosine with others as contrast: build the model"),
+    ],
+)
+def test_a_state_of_scores_that_mean_something_else_is_refused(options, message):
+    state = SimilarityModel(encoder(), ROWS).state_dict()
+    SimilarityModel(encoder(), torch.ones(3, 6)).load_state_dict(state)
+    with pytest.raises(ValueError, match=message):
+        SimilarityModel(encoder(), ROWS, **options).load_state_dict(state)
+
+
 def test_gradient_flows_to_the_encoder_for_training():
     model = SimilarityModel(encoder(), ROWS)
     model(IMAGES).sum().backward()

@@ -271,6 +271,20 @@ def test_auto_is_the_transform_given_by_hand(build, layer, transform, wrap):
     np.testing.assert_array_equal(ours, FAM(model, [module], transform)(IMAGES, targets))
 
 
+def test_auto_looks_for_the_images_among_several_inputs():
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = vit()
+
+        def forward(self, scale, images):
+            return self.net(scale[:, :, None, None] * images)
+
+    layer = "net.encoder.layers.encoder_layer_1.ln_1"
+    maps = LayerFam(Scaled(), layer).attribute((torch.ones(2, 1), IMAGES), 1)
+    assert torch.equal(maps, LayerFam(vit(), layer[4:]).attribute(IMAGES, 1))
+
+
 def test_auto_takes_no_further_forward_pass_and_tells_layers_apart():
     net = encoder()
     LayerFam(net, "last", reshape_transform="auto").attribute(IMAGES, 1)
@@ -316,6 +330,9 @@ def test_modules_of_known_layout_are_believed():
     """A spectrogram's map of another shape than the image, and a Swin as wide as it is high."""
     strided = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU())
     assert transform_for(strided, strided, "0", (2, 16, 32, 64), (2, 3, 128, 512)) is None
+    # Eight channels of 8 x 4, which look like a map of 8 x 8 with its channels last.
+    wide = nn.Conv2d(3, 8, 3, stride=(4, 8))
+    assert transform_for(wide, wide, "0", (2, 8, 8, 4), (2, 3, 32, 32)) is None
     norm = nn.LayerNorm(8)
     found = transform_for(norm, norm, "norm", (2, 8, 8, 8), (2, 3, 32, 32))
     assert found is channels_last_to_map

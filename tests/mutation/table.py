@@ -99,12 +99,12 @@ RULES = of(
     ("maps - maps.mean(dim=-1, keepdim=True)", "maps - maps.mean()"),
     ("or weights.shape[-1] not in (1, regions)", ""),
     ("_warned = True", "pass"),
+    ('Rule("centred", _gradient, centred=True)', 'Rule("centred", _gradient)'),
 )  # fmt: skip
 RULES += of(
     "core/rules.py",
     "contracts/test_identities.py",
     ('Rule("gradcam", _mean_gradient, frozen=False)', 'Rule("gradcam", _mean_gradient)'),
-    ('Rule("centred", _gradient, centred=True)', 'Rule("centred", _gradient)'),
 )
 
 MAPS = of(
@@ -120,7 +120,6 @@ MAPS = of(
     ("with self.replayed(), torch.random.fork_rng(range(len(cuda))):",
      "with torch.random.fork_rng(range(len(cuda))):"),
     ("torch.set_rng_state(cpu)", "pass"),
-    ("given.to(torch.promote_types(given.dtype, torch.float32))", "given"),
     ("self.scores = scores.detach()", "self.scores = scores"),
     ("len(shape) < 2 + self._regions", "len(shape) < 2"),
     ("or shape[0] != batch:", "or False:"),
@@ -151,7 +150,6 @@ MANY = of(
     ("if not _close(answer[..., :1].expand_as(answer), answer):", "if False:"),
     ("        with one.frozen():\n", "        if True:\n"),
     ("        _check_range(indices, count)\n", "        pass\n"),
-    ("with torch.inference_mode(False):\n        if indices", "if True:\n        if indices"),
 )  # fmt: skip
 
 LAYER_PASS = of(
