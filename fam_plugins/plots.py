@@ -62,7 +62,7 @@ def plot_pair(
         5
     """
     images = [_as_image(image_a, "image_a"), _as_image(image_b, "image_b")]
-    maps = [_as_single_map(map_a, "map_a"), _as_single_map(map_b, "map_b")]
+    maps = [_as_maps(map_a, (), "map_a"), _as_maps(map_b, (), "map_b")]
     if not isinstance(titles, (tuple, list)) or len(titles) != 2:
         raise ValueError(f"titles are {titles!r}: pass two, one per image")
     number = None if score is None else float(_as_scores(score, ()))
@@ -268,9 +268,7 @@ def _as_image(image: Any, what: str) -> np.ndarray:
 def _as_images(images: Any, what: str) -> list[np.ndarray]:
     """Check a batch ``[N, C, H, W]`` or a list of images of several sizes, and that it has any."""
     if getattr(images, "ndim", 4) != 4 or not isinstance(images, Iterable):
-        raise ValueError(
-            f"{what} are no batch [N, C, H, W] or list of images: of one image, [image]"
-        )
+        raise ValueError(f"{what} are no [N, C, H, W] or list of images: of one image, [image]")
     found = [_as_image(image, f"{what}[{index}]") for index, image in enumerate(images)]
     if not found:
         raise ValueError(f"there are no {what}: pass at least one image")
@@ -280,6 +278,8 @@ def _as_images(images: Any, what: str) -> list[np.ndarray]:
 def _as_maps(maps: Any, leading: tuple[int, ...], what: str) -> Tensor:
     """Check maps ``[*leading, 1, h, w]`` and return them as ``[*leading, h, w]`` on the host."""
     given = _as_floats(maps, what)
+    if not leading and given.dim() == 4 and len(given) == 1:  # of a batch of one
+        given = given[0]
     fits = given.dim() == len(leading) + 3 and tuple(given.shape[:-2]) == (*leading, 1)
     if not fits or 0 in given.shape:
         wanted = ", ".join(map(str, (*leading, 1, "h", "w")))
@@ -290,12 +290,6 @@ def _as_maps(maps: Any, leading: tuple[int, ...], what: str) -> Tensor:
     if not torch.isfinite(given).all():
         raise ValueError(f"{what} holds NaN or infinite values: check the images and the weights")
     return given.squeeze(-3)
-
-
-def _as_single_map(attribution: Any, what: str) -> Tensor:
-    """Check a map ``[1, h, w]``, or a batch of one, and return it as ``[h, w]``."""
-    given = as_tensor(attribution, what)
-    return _as_maps(given[0] if given.dim() == 4 and len(given) == 1 else given, (), what)
 
 
 def _as_scores(scores: Any, shape: tuple[int, ...]) -> Tensor:

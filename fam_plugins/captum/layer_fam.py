@@ -230,10 +230,9 @@ class LayerFam(LayerAttribution):
             ValueError: If the rule does not add up; and as for :meth:`attribute`.
         """
         parts = attributions if isinstance(attributions, tuple) else (attributions,)
-        count = batch_size(inputs)
-        fit = all(isinstance(p, Tensor) and p.dim() > 1 and len(p) == count for p in parts)
+        fit = all(isinstance(p, Tensor) and len(p) == batch_size(inputs) for p in parts)
         if self.has_convergence_delta() and not fit:
-            raise ValueError(f"attributions must be {count} maps, as attribute returns them")
+            raise ValueError("attributions must be one map per image, as attribute returns them")
         maps, delta = self.attribute(
             inputs,
             target,

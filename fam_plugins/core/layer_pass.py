@@ -196,13 +196,10 @@ def find_layer(model: object, layer: nn.Module | str | None) -> tuple[nn.Module,
     need not be part of the model.
     """
     if not callable(model):
-        kind = type(model).__name__
-        raise TypeError(f"the model must be a module or a function of one, not {kind}: build it")
+        raise TypeError(f"the model is a {type(model).__name__}, no module or function: build it")
     root = model if isinstance(model, nn.Module) else getattr(model, "__self__", None)
     if isinstance(layer, torch.jit.ScriptModule):
-        raise TypeError(
-            "layer is scripted or traced and cannot be watched: explain the model before"
-        )
+        raise TypeError("layer is scripted or traced: explain the model as it was before")
     if isinstance(layer, nn.Module):
         modules = root.named_modules() if isinstance(root, nn.Module) else iter(())
         return layer, next((n for n, m in modules if m is layer), type(layer).__name__)

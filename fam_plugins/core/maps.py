@@ -244,10 +244,8 @@ def batch_size(inputs: Any) -> int:
     """The number of images: of a tensor, or of a tuple of tensors that starts with one."""
     first = inputs[0] if isinstance(inputs, tuple) and inputs else inputs
     if not isinstance(first, Tensor):
-        raise TypeError(
-            f"inputs must be a tensor or a tuple of tensors, not {type(inputs).__name__}: "
-            "torch.stack(images) for a list, torch.as_tensor(images) for an array"
-        )
+        fix = "torch.stack(images) of a list, torch.as_tensor(images) of an array"
+        raise TypeError(f"inputs must be a tensor or a tuple of tensors: {fix}")
     if first.dim() == 0 or len(first) == 0:
         raise ValueError("the batch is empty: pass at least one image")
     return len(first)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 import numpy as np
@@ -11,23 +11,15 @@ from torch import Tensor, nn
 
 from fam_plugins.core.eval_mode import eval_mode, place_of
 from fam_plugins.core.messages import with_progress
-from fam_plugins.core.scores import check_embeddings, embed
+from fam_plugins.core.scores import check_embeddings, check_floats, embed
 from fam_plugins.core.similarity import Similarity, as_similarity, unit_length
 
-__all__ = [
-    "as_tensor",
-    "at_home",
-    "embed_once",
-    "gallery_mean",
-    "listed",
-    "prototypes",
-    "unique_labels",
-]
+__all__ = ["as_tensor", "at_home", "embed_once", "gallery_mean", "listed", "prototypes"]
 
 
 def prototypes(
     embeddings: Tensor,
-    labels: Sequence[Hashable] | Tensor,
+    labels: Iterable[Hashable] | Tensor,
     similarity: str | Similarity | Callable[..., Tensor] = "cosine",
 ) -> Tensor:
     """Average the supports of each class into one reference.
@@ -54,12 +46,10 @@ def prototypes(
                 [0., 1.]])
     """
     chosen = as_similarity(similarity)
-    given = embeddings if isinstance(embeddings, Tensor) else torch.zeros((), device="cpu")
-    if given.dim() != 2 or len(given) == 0 or not given.is_floating_point():
-        shown = (tuple(given.shape), given.dtype) if given is embeddings else type(embeddings)
-        raise ValueError(
-            f"supports must be a tensor [S, D] of floats with at least one row, not {shown}"
-        )
+    check_floats(embeddings, "supports")
+    if embeddings.dim() != 2 or len(embeddings) == 0:
+        shape = tuple(embeddings.shape)
+        raise ValueError(f"supports must be a tensor [S, D] with at least one row, not {shape}")
     names = listed(labels, len(embeddings))
     supports = embeddings.detach()
     check_embeddings(supports, what="support")
@@ -74,7 +64,7 @@ def prototypes(
     return torch.stack(rows)
 
 
-def unique_labels(labels: Sequence[Hashable] | Tensor) -> list[Any]:
+def unique_labels(labels: Iterable[Hashable]) -> list[Any]:
     """The distinct labels, sorted; in order of appearance where they cannot be sorted."""
     distinct = list(dict.fromkeys(listed(labels)))
     try:
@@ -89,10 +79,8 @@ def listed(labels: Iterable[Hashable] | Tensor, count: int | None = None) -> lis
     names: list[Any] = list(given) if isinstance(given, Iterable) else [given]
     # A value that is not equal to itself is NaN.
     if not all(isinstance(name, Hashable) and name == name for name in names):
-        raise ValueError(
-            "labels must be one value per support, without NaN: pass labels.flatten() for [S, 1] "
-            "and labels.argmax(1) for one-hot labels"
-        )
+        fix = "of [S, 1] labels.flatten(), of one-hot labels labels.argmax(1)"
+        raise ValueError(f"labels must be one value per support, without NaN: {fix}")
     if count is not None and len(names) != count:
         raise ValueError(f"there are {count} supports and {len(names)} labels: give one label each")
     return names
@@ -134,10 +122,8 @@ def gallery_mean(
     """
     scale_free = as_similarity(similarity).scale_free
     if isinstance(loader, (str, Tensor)) or not isinstance(loader, Iterable):
-        raise TypeError(
-            f"loader must give batches of images, not be a {type(loader).__name__}: pass a "
-            "DataLoader, or images.split(32)"
-        )
+        kind = type(loader).__name__
+        raise TypeError(f"a {kind} gives no batches: pass a DataLoader, or images.split(32)")
     total: Tensor | None = None
     count = 0
     with torch.inference_mode(False), torch.no_grad(), eval_mode(encoder):
@@ -208,11 +194,7 @@ def as_tensor(values: Any, what: str) -> Tensor:
 
 def at_home(given: Tensor, encoder: nn.Module, what: str) -> Tensor:
     """The same values where the encoder's weights are, in their floating dtype."""
-    if not given.is_floating_point():
-        raise TypeError(
-            f"{what} are {given.dtype}: pass floating-point embeddings, or images scaled and "
-            "normalised as in training (images.float() / 255 for bytes)"
-        )
+    check_floats(given, what)
     device, dtype = place_of(encoder)
     return given.detach().to(device=device, dtype=dtype or given.dtype)
 

@@ -185,8 +185,7 @@ def embed(encoder: nn.Module, images: Tensor) -> Tensor:
         if images.dim() != 3:
             raise
         raise ValueError(
-            f"the encoder does not take {tuple(images.shape)}: a single image needs a batch "
-            f"dimension (image[None]). It says: {error}"
+            f"the encoder refuses {tuple(images.shape)}, a single image is image[None]: {error}"
         ) from error
     if not isinstance(embeddings, Tensor):
         raise TypeError(
@@ -206,15 +205,25 @@ def embed(encoder: nn.Module, images: Tensor) -> Tensor:
     return embeddings
 
 
+def check_floats(given: object, what: str) -> None:
+    """Refuse what is no tensor of floating point, such as an image of bytes."""
+    if not isinstance(given, Tensor):
+        kind = type(given).__name__
+        raise TypeError(f"{what} must be a tensor, not {kind}: torch.as_tensor(images) of an array")
+    if not given.is_floating_point():
+        raise TypeError(
+            f"{what} are {given.dtype}: pass floating-point embeddings, or images scaled and "
+            "normalised as in training (images.float() / 255 for bytes)"
+        )
+
+
 def check_embeddings(
     embeddings: Tensor, *, width: int | None = None, what: str = "embedding"
 ) -> None:
     """Refuse what is no ``[B, D]``, embeddings of another width, or not finite."""
     if not isinstance(embeddings, Tensor) or embeddings.dim() != 2:
         kind = tuple(embeddings.shape) if isinstance(embeddings, Tensor) else type(embeddings)
-        raise ValueError(
-            f"{what} is {kind}, not a tensor [B, D]: a single one needs a first dimension (z[None])"
-        )
+        raise ValueError(f"{what} is {kind}, not a tensor [B, D]: a single one is z[None]")
     if width is not None and embeddings.shape[1] != width:
         raise ValueError(
             f"the {what} has {embeddings.shape[1]} values and the references have {width}: "

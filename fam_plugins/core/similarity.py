@@ -50,9 +50,7 @@ class Similarity:
 
     def __post_init__(self) -> None:
         if not callable(self.compare) or not (self.linear is None or callable(self.linear)):
-            raise TypeError(
-                f"{self.name!r}: compare, linear must be a function of embeddings and references"
-            )
+            raise TypeError(f"{self.name!r} must be a function of embeddings and references")
 
     def scores(self, embeddings: Tensor, references: Tensor) -> Tensor:
         """The score ``[B, N]``, refused if it has another shape."""

@@ -138,12 +138,10 @@ def infer_transform(
         >>> infer_transform(vit, "encoder", torch.rand(1, 3, 32, 32))
         tokens_to_map(h=4, w=4, skip=1)
     """
-    seen = example_input if isinstance(example_input, Tensor) else None
-    if seen is None or seen.dim() == 3 or seen.numel() == 0:
-        raise TypeError(
-            f"example_input is {_described(example_input)}, not a tensor of images [B, C, H, W]: "
-            "a single image needs a batch dimension (image[None])"
-        )
+    seen = example_input.shape if isinstance(example_input, Tensor) else ()
+    if len(seen) == 3 or 0 in (len(seen), *seen):
+        given = _described(example_input)
+        raise TypeError(f"example_input is {given}, not a tensor of images: of one, image[None]")
     one = LayerPass(model, [layer], differentiate=False)
     with eval_mode(model):
         one.run(lambda: model(example_input))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fam_plugins.core.eval_mode import eval_mode, place_of
 from fam_plugins.core.maps import check_finite
+from fam_plugins.core.scores import check_floats
 
 __all__ = ["OnePassCAM", "Target", "to_numpy"]
 
@@ -187,12 +188,7 @@ def to_numpy(tensor: Tensor) -> np.ndarray:
 
 def check_images(images: Tensor) -> None:
     """Refuse what is no batch of images or volumes."""
-    if not isinstance(images, Tensor) or not images.is_floating_point():
-        kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
-        raise TypeError(
-            f"input_tensor is {kind}: pass a floating-point tensor, scaled and normalised as in "
-            "training (torch.as_tensor(images).float() / 255 for bytes)"
-        )
+    check_floats(images, "input_tensor")
     if images.dim() not in (4, 5):
         raise ValueError(
             f"input_tensor has shape {tuple(images.shape)}: pass images [B, C, H, W] or "

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fam_plugins.core.references import as_tensor
-from fam_plugins.core.scores import check_embeddings, score
+from fam_plugins.core.scores import check_embeddings, check_floats, score
 from fam_plugins.core.similarity import Similarity, as_similarity
 
 __all__ = ["SimilarityTarget"]
@@ -87,8 +87,7 @@ def _rows(embeddings: Any, what: str, width: int | None = None) -> Tensor:
         rows = as_tensor(embeddings, what).detach().clone()
     if rows.dim() == 1:
         rows = rows[None]
-    if rows.is_complex() or rows.dtype == torch.bool:
-        raise TypeError(f"{what} has dtype {rows.dtype}: pass floating-point embeddings")
+    check_floats(rows, what)
     if rows.dim() != 2 or rows.numel() == 0:
         raise ValueError(
             f"{what} has shape {tuple(rows.shape)}: pass embeddings [D] or [M, D]; embed images "

@@ -198,9 +198,7 @@ class _Extractor(AbstractContextManager["_Extractor"]):
         if self._images is None:
             raise RuntimeError("run extractor.model(images) before asking for their maps")
         if class_idx is None and not isinstance(scores, Tensor):
-            raise TypeError(
-                "pass class_idx, or the scores [B, N] of which the highest is explained"
-            )
+            raise TypeError("pass class_idx, or scores [B, N] whose highest is explained")
         chosen = scores.argmax(dim=-1).tolist() if class_idx is None else class_idx
         with self._hooks_off():
             maps = self._attribute(self._images, target=chosen)
@@ -244,8 +242,7 @@ def _check_scores(model: nn.Module, classifier: bool) -> None:
 def _check_attribution(given: Any) -> None:
     """Refuse a model, a class or a function where an attribution is needed."""
     if isinstance(given, type) or not hasattr(given, "attribute"):
-        kind = given.__name__ if isinstance(given, type) else type(given).__name__
-        raise TypeError(f"{kind} is no attribution: pass an object such as LayerFam(model, layer)")
+        raise TypeError("attribution must be an object, such as LayerFam(model, layer)")
 
 
 def _check_map(maps: Tensor, dim: int = 4) -> Tensor:
