@@ -55,8 +55,8 @@ PAIR = [
     works("with gradient", pair(A.clone().requires_grad_(), map_a=M.clone().requires_grad_())),
     works("half precision", pair(A.half(), map_a=M.bfloat16())),
     works("expanded", pair(A[:1].expand(3, -1, -1))),
-    works("zeros for maps", pair(map_a=0 * M, map_b=0 * M, finish=drawn)),
-    works("huge maps", pair(map_a=1e30 * M, finish=drawn)),
+    works("zeros for maps", pair(map_a=0 * M, map_b=0 * M)),
+    works("huge maps", pair(map_a=1e30 * M)),
     works("a map of one region", pair(map_a=M[:, :1, :1])),
     works("a map in a batch of one", pair(map_a=M[None])),
     works("a score", pair(score=0.5)),
@@ -65,7 +65,7 @@ PAIR = [
     works("a whole score", pair(score=1)),
     works("titles of any kind", pair(titles=[1, None], finish=drawn)),
     works("dollars", pair(titles=("$\\frac", "5$ and $"), finish=drawn)),
-    works("no label", pair(label="", finish=drawn)),
+    works("no label", pair(label="")),
     *(works(name, under(context, pair(score=0.5))) for name, context in DEFAULTS.items()),
     refused("a picture", pair(PICTURE), TypeError, "to_tensor(image)"),
     refused("a path", pair("a.png"), TypeError, "to_tensor(image)"),
@@ -106,15 +106,15 @@ def episode(queries=BATCH, references=BATCH, maps=GRID, finish=never, **options)
 SCORES = [[0.1, 0.2], [0.3, 0.4]]
 
 EPISODE = [
-    works("tensors", episode(finish=drawn)),
+    works("tensors", episode()),
     works("lists of images", episode(list(BATCH), tuple(BATCH))),
     works("a generator", lambda m: episode((x for x in BATCH[:1]), maps=GRID[:1])(m)),
     works("arrays", episode(BATCH.numpy(), BATCH.numpy(), GRID.numpy())),
     works("several sizes", episode([A, A[:, :4]])),
-    works("scores", episode(scores=SCORES, finish=drawn)),
+    works("scores", episode(scores=SCORES)),
     works("an array of scores", episode(scores=np.array(SCORES))),
     works("infinite scores", episode(scores=[[0.1, -np.inf], [0.3, 0.4]])),
-    works("labels", episode(labels=("cat", "dog"), finish=drawn)),
+    works("labels", episode(labels=("cat", "dog"))),
     works("a tensor of labels", episode(labels=torch.tensor([4, 9]))),
     works("an array of labels", episode(labels=np.array(["a", "b"]))),
     works("a generator of labels", lambda m: episode(labels=(c for c in "ab"))(m)),
@@ -152,7 +152,7 @@ def retrieval(query=A, hits=BATCH, ours=MAPS, theirs=MAPS, scores=(0.9, 0.8), fi
 
 
 RETRIEVAL = [
-    works("tensors", retrieval(finish=drawn)),
+    works("tensors", retrieval()),
     works("arrays", retrieval(A.numpy(), BATCH.numpy(), MAPS.numpy(), MAPS.numpy())),
     works("lists of images", retrieval(hits=list(BATCH))),
     works("other maps", retrieval(theirs=torch.randn(2, 1, 5, 3, generator=G))),
