@@ -32,8 +32,7 @@ def _check_images(images: Any, where: str) -> None:
     """Refuse what is not a batch of finite images ``[B, C, H, W]`` or volumes."""
     if not isinstance(images, Tensor):
         kind = type(images).__name__
-        example = "[(b['image'], b['label']) for b in loader]"  # a generator is read only once
-        hint = f", as a collate_fn or {example} does" if isinstance(images, Mapping) else ""
+        hint = ", as [(b['image'], b['label']) for b in loader]" * isinstance(images, Mapping)
         raise TypeError(f"{where} starts with a {kind}: yield images or (images, labels){hint}")
     if not images.is_floating_point():
         raise TypeError(f"{where}: images are {images.dtype}; scale them, images.float() / 255")

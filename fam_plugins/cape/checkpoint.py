@@ -10,8 +10,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import SGD
-from torch.optim.lr_scheduler import StepLR
 
 from fam_plugins.cape.model import CapeModel
 
@@ -31,13 +29,13 @@ class Checkpoint:
         self._path, self._head, self._settings = path, model.head, settings
         self._teacher = _fingerprint(model.classifier)
 
-    def load(self, optimizer: SGD, scheduler: StepLR) -> dict[str, Any] | None:
+    def load(self, parts: dict[str, Any]) -> dict[str, Any] | None:
         """Resume from what :meth:`save` wrote, if there is a file; a bad one touches no head."""
         if not self._path.exists():
             return None
         try:
             saved: dict[str, Any] = torch.load(self._path, map_location="cpu", weights_only=True)
-            reason = self._mismatch(saved, optimizer, scheduler)
+            reason = self._mismatch(saved, parts["optimizer"], parts["scheduler"])
         except Exception as error:  # they differ between versions of torch and kinds of damage
             raise self._foreign("cannot be read (half-written or edited?)") from error
         if reason:
@@ -45,7 +43,7 @@ class Checkpoint:
         self._head.load_state_dict(saved["head"])
         return saved
 
-    def _mismatch(self, saved: Any, optimizer: SGD, scheduler: StepLR) -> str | None:
+    def _mismatch(self, saved: Any, optimizer: Any, scheduler: Any) -> str | None:
         """Why the fit cannot go on from there, if so; fails on what has another structure."""
         if not isinstance(saved, dict) or saved.get("format") != _FORMAT:
             return "was not written by fit_cape_head"

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,8 @@ def fit_cape_head(
         >>> len(history.loss)
         2
     """
+    from tqdm.auto import tqdm
+
     require_cape_model(model, loader)
     settings = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
     settings |= {"step_size": step_size, "gamma": gamma, "temperature": temperature}
@@ -127,22 +130,23 @@ def fit_cape_head(
         raise TypeError("an iterator can be read only once: pass a DataLoader, or cache=True")
     file = None if checkpoint is None else Checkpoint(Path(checkpoint), model, settings)
     head, history, kept = model.head, FitHistory(), None
+    bar = partial(tqdm, disable=not progress, leave=False)
     with _only_head_trains(model):
         rates = settings["lr"], settings["momentum"], 0, settings["weight_decay"]
         optimizer = SGD(head.parameters(), *rates)
         scheduler = StepLR(optimizer, int(step_size), settings["gamma"])
         parts: dict[str, Any] = {"head": head, "optimizer": optimizer, "scheduler": scheduler}
-        if saved := file and file.load(optimizer, scheduler):
+        if saved := file and file.load(parts):
             history = FitHistory(**saved["history"])
         last_good = copy.deepcopy(head.state_dict())
         try:
             for epoch in range(len(history.loss), epochs):
                 if cache and kept is None:
-                    with _bar(loader, "CAPE features", progress) as bar:
-                        kept = FeatureCache(feature_batches(bar, model))
+                    with bar(loader, desc="CAPE features") as images:
+                        kept = FeatureCache(feature_batches(images, model))
                 items, total = (kept.shuffled(epoch), len(kept)) if kept else (loader, None)
-                with _bar(items, f"CAPE head {epoch + 1}/{epochs}", progress, total) as bar:
-                    batches = bar if kept else feature_batches(bar, model)
+                with bar(items, desc=f"CAPE head {epoch + 1}/{epochs}", total=total) as shown:
+                    batches = shown if kept else feature_batches(shown, model)
                     loss, agreement, confidence = _epoch(head, batches, optimizer, temperature)
                 if not math.isfinite(loss) or not is_finite(head):
                     raise FloatingPointError(
@@ -195,7 +199,7 @@ def _only_head_trains(model: CapeModel) -> Iterator[None]:
     """Eval mode and trainable head inside; modes, flags and gradients as before afterwards."""
     before = [(p, p.requires_grad, p.grad) for p in model.head.parameters()]
     try:
-        with eval_mode(model), torch.inference_mode(False), torch.enable_grad():
+        with eval_mode(model), torch.inference_mode(False):  # which records gradients too
             for parameter, _, _ in before:
                 parameter.requires_grad_(True)
             yield
@@ -203,9 +207,3 @@ def _only_head_trains(model: CapeModel) -> Iterator[None]:
         for parameter, flag, grad in before:
             parameter.requires_grad_(flag)
             parameter.grad = grad
-
-
-def _bar(items: Iterable[Any], name: str, progress: bool, total: int | None = None) -> Any:
-    from tqdm.auto import tqdm
-
-    return tqdm(items, total=total, desc=name, disable=not progress, leave=False)

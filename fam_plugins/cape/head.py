@@ -275,5 +275,4 @@ def require_floats(**tensors: object) -> None:
     for name, given in tensors.items():
         if not isinstance(given, Tensor) or not given.is_floating_point():
             kind = given.dtype if isinstance(given, Tensor) else f"a {type(given).__name__}"
-            fix = f"pass {name}.float(), or torch.as_tensor({name})"
-            raise TypeError(f"{name} must be a floating-point tensor, not {kind}: {fix}")
+            raise TypeError(f"{name} must be floats, not {kind}: torch.as_tensor({name}).float()")

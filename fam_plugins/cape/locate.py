@@ -158,8 +158,6 @@ def _why_not(calls: list[Call], layer: str | None, classifier: str, pooled: Tens
 def _probe(model: nn.Module, example_input: Tensor | None) -> tuple[Any, list[Call]]:
     """Run the model once in eval mode; return its output and all calls, first to finish first."""
     images = _made_up_input(model) if example_input is None else example_input
-    if not isinstance(images, Tensor):
-        raise TypeError(f"example_input must be a tensor, not a {type(images).__name__}")
     calls: list[Call] = []
     handles = [m.register_forward_hook(_note(name, calls)) for name, m in model.named_modules()]
     try:
@@ -167,9 +165,10 @@ def _probe(model: nn.Module, example_input: Tensor | None) -> tuple[Any, list[Ca
             return model(images), calls
     except Exception as error:
         what = "a made-up input" if example_input is None else "example_input"
+        shape, why = tuple(getattr(images, "shape", ())), str(error).partition("\n")[0]
         raise ValueError(
-            f"{type(model).__name__} did not accept {what} of shape {tuple(images.shape)}: pass "
-            f"images that it accepts as example_input= ({error})"
+            f"{type(model).__name__} did not accept {what} of shape {shape}: pass images that it "
+            f"accepts as example_input= ({why})"
         ) from error
     finally:
         for handle in handles:
@@ -210,7 +209,6 @@ def _made_up_input(model: nn.Module) -> Tensor:
         size = tuple(config["input_size"][1:])  # timm
     else:
         size = (getattr(model, "image_size", 224),) * 2  # torchvision's ViT
-    generator = torch.Generator("cpu").manual_seed(0)
     device, dtype = place_of(model)
-    shape = (2, convolution.in_channels, *size)
+    shape, generator = (2, convolution.in_channels, *size), torch.Generator("cpu").manual_seed(0)
     return torch.randn(shape, generator=generator, device="cpu").to(device, dtype)

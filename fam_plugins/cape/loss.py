@@ -63,9 +63,8 @@ def cape_loss(
     if not isinstance(head, CapeHead):
         raise TypeError(f"head must be a CapeHead, as model.head, not a {type(head).__name__}")
     require_floats(features=features, logits=logits)
-    weights = (alpha, beta, temperature)  # of which NaN fails every comparison
-    known = all(isinstance(x, (int, float)) and 0 <= x < torch.inf for x in weights)
-    if not known or alpha + beta == 0 or temperature == 0:
+    ok = all(isinstance(x, (int, float)) and 0 <= x < torch.inf for x in (alpha, beta, temperature))
+    if not ok or alpha + beta == 0 or temperature == 0:
         raise ValueError(
             "alpha and beta must be floats from 0 and not both 0, and temperature above 0, "
             f"not {alpha!r}, {beta!r} and {temperature!r}"

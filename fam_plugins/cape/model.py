@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -193,10 +192,8 @@ def require_cape_model(model: object, loader: object) -> None:
     if not isinstance(model, CapeModel):
         raise TypeError(f"pass what with_cape_head(model) returned, not a {type(model).__name__}")
     if not is_finite(model.head):
-        raise ValueError(
-            "the head holds NaN or infinity: re-create it with with_cape_head(model.model)"
-        )
-    if not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
+        raise ValueError("the head holds NaN or inf: re-create it with with_cape_head(model.model)")
+    if not {"__iter__", "__getitem__"} & set(dir(loader)):
         raise TypeError(f"loader must be a DataLoader or a list, not a {type(loader).__name__}")
 
 

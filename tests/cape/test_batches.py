@@ -60,7 +60,11 @@ nan_images[2, 0, 1, 1] = float("nan")
         ([images[:0]], ValueError, "DataLoader"),
         ([images.expand(4, 3, 6, 6)], ValueError, "did not accept images of shape"),
         ([images.to(torch.uint8)], TypeError, r"images\.float\(\) / 255"),
-        ([{"image": images}], TypeError, r"a dict: .*\[\(b\['image'\], b\['label'\]\) for b in"),
+        (
+            [{"image": images}],
+            TypeError,
+            r"a dict: .*labels\), as \[\(b\['image'\], b\['label'\]\) for b in",
+        ),
         ([()], TypeError, "yield images"),
         ([images, torch.randn(4, 1, 8, 8)], ValueError, "cannot share a cache"),
     ],

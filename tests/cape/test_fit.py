@@ -154,7 +154,7 @@ def test_a_spoilt_head_is_refused_before_any_work(model, batches, name, value):
     calls = []
     model.model[0].register_forward_hook(lambda *_: calls.append(1))
     for use in (fit_cape_head, calibrate_temperature):
-        with pytest.raises(ValueError, match=r"NaN or infinity: re-create it with with_cape_head"):
+        with pytest.raises(ValueError, match=r"NaN or inf: re-create it with with_cape_head"):
             use(model, batches)
     assert not calls
 

@@ -323,7 +323,7 @@ def test_autocast():
         (torch.randn(2, 3, 3, 6), ValueError, r"movedim\(-1, 1\)"),
         (torch.randn(0, 6, 3, 3), ValueError, "empty"),
         (torch.randn(2, 6, 0, 3), ValueError, "empty"),
-        (torch.ones(2, 6, 3, 3, dtype=torch.int64), TypeError, r"features\.float\(\)"),
+        (torch.ones(2, 6, 3, 3, dtype=torch.int64), TypeError, r"as_tensor\(features\)\.float\(\)"),
         (torch.randn(2, 6, 3, 3, dtype=torch.float64), TypeError, "head is torch.float32"),
     ],
 )

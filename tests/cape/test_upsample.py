@@ -81,7 +81,7 @@ def test_half_precision_is_widened_and_gradients_flow():
     [
         ((torch.rand(2, 7, 7), 14), ValueError, r"\[B, K, h, w\]"),
         ((torch.rand(2, 0, 7, 7), 14), ValueError, r"\[B, K, h, w\]"),
-        ((torch.ones(1, 1, 7, 7, dtype=torch.int64), 14), TypeError, r"maps\.float"),
+        ((torch.ones(1, 1, 7, 7, dtype=torch.int64), 14), TypeError, r"as_tensor\(maps\)\.float"),
         ((torch.rand(1, 1, 7, 7), 0), ValueError, "whole numbers"),
         ((torch.rand(1, 1, 7, 7), (14, -1)), ValueError, "whole numbers"),
         ((torch.rand(1, 1, 7, 7), (14.5, 14)), ValueError, "whole numbers"),

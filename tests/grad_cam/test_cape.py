@@ -90,11 +90,11 @@ def test_a_head_in_a_network_of_the_users_own():
 class TestTrouble:
     def test_targets_that_name_no_class(self, model):
         before = State.of(model)
-        numbers = [ClassifierOutputTarget(category) for category in ("cat", 1.5, None)]
-        for target in (lambda o: o[0], BinaryClassifierOutputTarget(1), *numbers):
+        unknown = ClassifierOutputTarget(None)
+        for target in (lambda o: o[0], BinaryClassifierOutputTarget(1), unknown):
             with pytest.raises(ValueError, match=r"names none: pass ClassifierOutputTarget"):
                 CAPE(model)(IMAGES.double(), [target] * 3)
-        for index in (5, -1):
+        for index in (5, -1, 1.5, "cat"):
             with pytest.raises(ValueError, match="has 5 classes, 0 to 4"):
                 CAPE(model)(IMAGES.double(), [ClassifierOutputTarget(index)] * 3)
         before.assert_unchanged(model)
@@ -141,8 +141,8 @@ class TestConsumers:
         road = ROADCombined([20, 60])
         scores = road(images, cams, TARGETS[:2], net)
         assert np.isfinite(scores).all()
-        np.testing.assert_allclose(scores, -road(images, 1 - cams, TARGETS[:2], net), atol=1e-2)
-        assert np.abs(scores).max() > 1e-4
+        np.testing.assert_allclose(scores, -road(images, 1 - cams, TARGETS[:2], net), atol=2e-4)
+        assert np.abs(scores).min() > 1e-3
 
     @pytest.mark.parametrize("name", ["RefineCAM", "SESS"])
     def test_meta_methods(self, name):
