@@ -112,6 +112,11 @@ def test_one_number_an_image_needs_no_target():
     expected = LayerFam(net, net.last).attribute(IMAGES, target=1)
     for scalar in (lambda x: net(x)[:, 1], lambda x: net(x)[:, 1:2], lambda x: net(x)[:, 1].sum()):
         assert torch.equal(LayerFam(scalar, net.last).attribute(IMAGES), expected)
+    _, delta = LayerFam(lambda x: net(x)[:, 1:2], net.last, rule="additive").attribute(
+        IMAGES, return_convergence_delta=True
+    )
+    assert delta.shape == (3,)
+    assert delta.abs().max() < 1e-5
 
 
 def test_a_model_that_returns_no_tensor_is_refused():

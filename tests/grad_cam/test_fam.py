@@ -298,11 +298,12 @@ class TestSimilarityTarget:
         assert torch.equal(target(IMAGES.new_ones(6)), expected)
 
     def test_made_in_inference_mode_it_serves_a_gradient(self):
-        with torch.inference_mode():
-            target = SimilarityTarget(ROWS[0].clone(), contrast=ROWS[1:].clone())
-        z = torch.ones(6, requires_grad=True)
-        target(z).backward()
-        assert z.grad.abs().sum() > 0
+        for similarity in ("cosine", "dot", "sqeuclidean"):
+            with torch.inference_mode():
+                target = SimilarityTarget(ROWS[0].clone(), similarity, ROWS[1:].clone())
+            z = torch.ones(6, requires_grad=True)
+            target(z).backward()
+            assert z.grad.abs().sum() > 0
 
     def test_follows_the_output_in_dtype(self):
         assert SimilarityTarget(ROWS[0].double())(ROWS.half()).dtype == torch.float16
