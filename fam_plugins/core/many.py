@@ -86,13 +86,7 @@ def map_references(
 
 
 def as_indices(indices: Any, scores: ModelScores, batch: int, per_chunk: int) -> Tensor | None:
-    """What a user gave as indices -> int64 ``[B, k]``, refused before any work if it is not.
-
-    Raises:
-        IndexError: If there is no reference of an index.
-        TypeError: If they are no integers.
-        ValueError: If they are not ``[batch, k]`` with ``k`` at least 1, or a chunk is empty.
-    """
+    """What a user gave as indices -> int64 ``[B, k]``, refused before any work if it is not."""
     if not isinstance(per_chunk, int) or per_chunk < 1:
         raise ValueError(f"references_per_chunk must be an int of at least 1, not {per_chunk!r}")
     if indices is None:

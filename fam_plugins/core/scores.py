@@ -28,14 +28,10 @@ Contrast = Tensor | Literal["others"] | None
 class Frozen:
     """What a pass notes of its scores: where they were frozen, and what is to be warned of.
 
-    A second pass over the same inputs can replay them, so that both passes evaluate the very same
-    linear function. That is how the constant term of a score is measured.
-
-    Attributes:
-        points: Embeddings ``[B, D]``, detached, in the order in which they were scored.
-        freeze: Whether scores are frozen, or only noted.
-        contrasted: Whether any of the scores had a contrast set.
-        zero: ``[B]`` for every score without regard to length: which embeddings are all zero.
+    ``points`` are embeddings ``[B, D]`` in the order in which they were scored. A second pass over
+    the same inputs can replay them, so that both passes evaluate the very same linear function:
+    that is how the constant term of a score is measured. Without ``freeze`` scores are only noted:
+    whether any was ``contrasted``, and, where length does not matter, which rows are ``zero``.
     """
 
     points: list[Tensor] = field(default_factory=list)
