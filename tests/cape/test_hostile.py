@@ -323,7 +323,7 @@ CAPEHEAD_ROWS = [
     (lambda: CapeHead(None, 4), ValueError, "a binary classifier needs two outputs"),
     (lambda: CapeHead([6], 4), ValueError, "a binary classifier needs two outputs"),
     (lambda: CapeHead(nn.Linear(6, 4), 4), ValueError, "a binary classifier needs two outputs"),
-    (lambda: CapeHead(6, 4, dtype="float32"), TypeError, "must be torch.dtype, not str"),
+    (lambda: CapeHead(6, 4, dtype="float32"), TypeError, "torch.dtype"),
     (lambda: CapeHead.from_linear(None), TypeError, "from_linear takes an nn.Linear, such as model.fc"),
     (lambda: CapeHead.from_linear(nn.Conv2d(6, 4, 1)), TypeError, "from_linear takes an nn.Linear, such as model.fc"),
     (lambda: CapeHead.from_linear(nn.Linear), TypeError, "from_linear takes an nn.Linear, such as model.fc"),
