@@ -208,7 +208,7 @@ def check_floats(given: object, what: str) -> None:
         raise TypeError(f"{what} must be a tensor, not {kind}: torch.as_tensor(images) of an array")
     if not given.is_floating_point():
         raise TypeError(
-            f"{what} are {given.dtype}: pass floating-point embeddings, or images scaled and "
+            f"{what} of {given.dtype}: pass floating-point embeddings, or images scaled and "
             "normalised as in training (images.float() / 255 for bytes)"
         )
 

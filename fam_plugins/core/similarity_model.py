@@ -302,7 +302,9 @@ class ModelScores:
                 rows = forward_func.references
                 like = rows if isinstance(rows, Tensor) else next(forward_func.parameters(), None)
                 device = "cpu" if like is None else like.device
-                self._chosen = pick(torch.arange(len(rows), device=device).expand(batch, -1))
+                # Autograd refuses to index with tensors of inference mode.
+                with torch.inference_mode(False):
+                    self._chosen = pick(torch.arange(len(rows), device=device).expand(batch, -1))
 
     def select(self, end: Any) -> Tensor:
         """The score ``[B]`` that was picked, from what :attr:`forward` returned."""

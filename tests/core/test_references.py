@@ -105,11 +105,11 @@ def test_follows_the_encoder_in_device_and_dtype():
     [
         (
             torch.zeros(2, 3, 4, 4, dtype=torch.uint8),
-            r"references are torch.uint8.*\.float\(\) / 255",
+            r"references of torch.uint8.*\.float\(\) / 255",
         ),
-        (torch.eye(2, dtype=torch.int64), "references are torch.int64"),
-        (torch.eye(2, dtype=torch.bool), "references are torch.bool"),
-        (torch.eye(2, dtype=torch.complex64), "references are torch.complex64"),
+        (torch.eye(2, dtype=torch.int64), "references of torch.int64"),
+        (torch.eye(2, dtype=torch.bool), "references of torch.bool"),
+        (torch.eye(2, dtype=torch.complex64), "references of torch.complex64"),
         (np.ma.masked_array(np.eye(2), mask=np.eye(2)), "are a masked array: drop the masked rows"),
     ],
 )
