@@ -202,6 +202,13 @@ def main():
     large_error = (large.sum((2, 3)) - log_p.exp()).abs().max().item()
     print(f"the same over all classes: {sum_error:.1e}; at 64x64: {large_error:.1e}")
 
+    assert accuracy > 0.9, f"the classifier is too weak to explain: {accuracy:.1%}"
+    assert same > 0.9, f"the fitted head agrees with the classifier on {same:.1%} only"
+    worst = max(adapter_error, sum_error, large_error)
+    assert worst < 1e-4, f"a map of probabilities misses its probability by {worst:.1e}"
+    least = min(float(part.min()) for part in (shown, maps, large))
+    assert least >= 0, f"a map holds a negative probability: {least:.1e}"
+
     # An image that both heads read alike, but hesitantly, shows more than one class.
     agreed = log_p.argmax(1) == logits.argmax(1)
     hardest = int((logits.softmax(1).amax(1) + (~agreed).float()).argmin())

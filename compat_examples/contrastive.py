@@ -174,6 +174,7 @@ def main(
     fields = digits_data.place(data.held_out[rows], torch.Generator().manual_seed(args.seed))
     a, b = fields.to(args.device).split(1)
     gallery = digits_data.place(data.train[:500], torch.Generator().manual_seed(args.seed))
+    gaps = {}
     print(f"\ntwo held-out digits, both a {args.digit}; contrast: 500 training digits")
     for what, network in named.items():
         maps, deltas, score = explain(
@@ -182,6 +183,7 @@ def main(
         worst = max(map(abs, deltas))
         kind = "exact" if worst < 1e-5 else "first order"
         total = maps[0].sum().item()
+        gaps[what] = max(worst, abs(total - score))
         print(
             f"  {what}: score {score:.4f}, sum of the map {total:.4f}, convergence delta up to "
             f"{worst:.1e} ({kind})"
@@ -191,6 +193,10 @@ def main(
         path = args.out / f"{name}_{what.split()[0]}.png"
         figure.savefig(path, dpi=110)
         print(f"  wrote {path}")
+
+    pooled, projected = gaps.values()
+    assert pooled < 1e-5, f"on the pooled features the map misses the score by {pooled:.0e}"
+    assert projected > 1e-5, "behind a hidden layer the map is exact: the delta measures nothing"
 
 
 if __name__ == "__main__":

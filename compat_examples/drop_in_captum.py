@@ -43,7 +43,12 @@ def main() -> None:
 
     same = LayerFam(model, model.features, rule="gradcam").attribute(image, target=target)
     theirs = LayerGradCam(model, model.features).attribute(image, target=target).detach()
-    print(f'rule="gradcam" against LayerGradCam: {(same - theirs).abs().max():.1e} apart')
+    apart, most = float((same - theirs).abs().max()), float(theirs.abs().max())
+    print(f'rule="gradcam" against LayerGradCam: {apart:.1e} apart, of {most:.1e}')
+    exact = LayerFam(model, model.features, rule="additive")
+    maps, delta = exact.attribute(image, target=target, return_convergence_delta=True)
+    total, gap = float(maps.sum()), float(delta)
+    print(f'rule="additive": the map sums to {total:.4f}, {gap:+.1e} off the logit less its bias')
 
     figure, axes = plt.subplots(1, 3, figsize=(10.5, 3.8))
     axes[0].imshow(photograph.shown)
@@ -67,6 +72,10 @@ def main() -> None:
     path = args.out / "drop_in_captum.png"
     figure.savefig(path, dpi=110)
     print(f"wrote {path}")
+
+    # Both hold for any weights; strict, so that maps of zeros do not pass.
+    assert apart < 1e-4 * most, f"{apart:.1e} apart, where the largest value is {most:.1e}"
+    assert abs(gap) < 1e-3 * abs(total), f"the map sums to {total:.4f}, {gap:+.1e} off the logit"
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import pretrained
+import torch
 from pytorch_grad_cam import GradCAM
 from pytorch_grad_cam.utils.image import show_cam_on_image
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
@@ -43,8 +44,15 @@ def main() -> None:
 
     with FAM(model, [model.features[-1]], rule="gradcam") as cam:
         same = cam(image, [ClassifierOutputTarget(target)])[0]
-    gap = np.abs(same - before(model, image, target)).max()
-    print(f'rule="gradcam" against GradCAM: {gap:.1e} apart')
+    apart = np.abs(same - before(model, image, target)).max()
+    print(f'rule="gradcam" against GradCAM: {apart:.1e} apart, of 1')
+    with FAM(model, [model.features[-1]], rule="additive") as cam:
+        cam(image, [ClassifierOutputTarget(target)])
+        total = float(cam.attributions[0].sum())  # the signed map, before ReLU and scaling
+    with torch.no_grad():
+        # The classifier's bias is the constant term, which no region carries.
+        carried = float(model(image)[0, target] - model.classifier[-1].bias[target])
+    print(f'rule="additive": the map sums to {total:.4f}, the logit less its bias {carried:.4f}')
 
     shown = photograph.shown.numpy()
     figure, axes = plt.subplots(1, 3, figsize=(10.5, 3.8))
@@ -62,6 +70,11 @@ def main() -> None:
     path = args.out / "drop_in_grad_cam.png"
     figure.savefig(path, dpi=110)
     print(f"wrote {path}")
+
+    # Both hold for any weights.
+    assert same.max() > 0.9, "the map is empty"
+    assert apart < 1e-3, f"{apart:.1e} apart, where both maps are scaled to [0, 1]"
+    assert abs(total - carried) < 1e-3 * abs(carried), f"sums to {total:.4f}, not {carried:.4f}"
 
 
 if __name__ == "__main__":

@@ -71,11 +71,17 @@ def main() -> None:
     maps = LayerFam(contrasted, encoder.features, rule="centred").attribute_references(query)
     first = [mosaic.support_labels.index(label) for label in range(4)]
     figure = plot_episode(
-        query, mosaic.supports[first], maps, scores=contrasted(query), labels=mosaic.digits
-    )
+        query, mosaic.supports[first], maps, scores=contrasted(query), labels=mosaic.digits,
+        label="share of the score,\nless its mean",
+    )  # fmt: skip
     path = args.out / "few_shot_easyfsl.png"
     figure.savefig(path, dpi=110)
     print(f"wrote {path}")
+
+    assert apart < 1e-4, f"the scores are {apart:.0e} away from the classifier's"
+    published, others, runner_up = (sum(shares) / len(shares) for shares in energy.values())
+    assert others > 0.5, f"only {others:.2f} of the energy is on the predicted digit"
+    assert min(others, runner_up) > published + 0.1, "a contrast finds the digit no better than fam"
 
 
 if __name__ == "__main__":

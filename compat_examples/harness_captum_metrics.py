@@ -17,6 +17,12 @@ def perturb(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return noise, images - noise
 
 
+def on_ink(maps: torch.Tensor, masks: torch.Tensor) -> float:
+    """How much of the positive part of the maps lies on the ink, over all images."""
+    positive = maps.clamp_min(0)
+    return float(positive[masks].sum() / positive.sum().clamp_min(1e-12))
+
+
 def main() -> None:
     bench = harness_models.prepare()
     rows = {}
@@ -32,8 +38,17 @@ def main() -> None:
         rows[case.name] = {
             "sensitivity_max, lower is better": f"{sensitivity.mean():.3f}",
             "infidelity (normalised), lower is better": f"{unfaithful.mean():.4f}",
+            "positive part on the ink": f"{on_ink(maps, bench.masks):.2f}",
         }
     harness_models.print_table(rows)
+    ink = float(bench.masks.float().mean())
+    print(f"\nthe ink covers {ink:.2f} of the images")
+    # Neither of Captum's metrics knows a map from its negative: one compares maps with each other,
+    # the other fits a factor, of any sign.
+    for name, row in rows.items():
+        share, change = float(row["positive part on the ink"]), float(next(iter(row.values())))
+        assert share > 1.15 * ink, f"{name}: {share:.2f} on the ink, which covers {ink:.2f}"
+        assert 0 < change < 1, f"{name}: a little noise changes the map by {change:.2f} of itself"
 
 
 if __name__ == "__main__":

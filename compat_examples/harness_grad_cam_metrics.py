@@ -34,6 +34,10 @@ def main() -> None:
             for name, metric in metrics.items()
         }
     harness_models.print_table(rows)
+    for name, row in rows.items():
+        drop, _, road = map(float, row.values())
+        assert drop < 0.4, f"{name}: what the map keeps loses {drop:.2f} of the confidence"
+        assert road > 0, f"{name}: what ranks first matters less to the model than what ranks last"
 
 
 if __name__ == "__main__":

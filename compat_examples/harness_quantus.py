@@ -108,6 +108,14 @@ def main() -> None:
     harness_models.print_table(rows)
     ran = sum(all(_is_number(value) for value in row.values()) for row in rows.values())
     print(f"\n{ran} of {len(METRICS)} metrics ran on every explainer")
+    known = quantus_problems()
+    for name, row in rows.items():
+        failed = {case: value for case, value in row.items() if not _is_number(value)}
+        assert not failed or name in known, f"{name} does not run: {failed}"
+    for case in bench.cases:
+        estimate, area = (float(rows[n][case.name]) for n in ("FaithfulnessEstimate", "AUC"))
+        assert estimate > 0, f"{case.name}: the score falls least where the map is highest"
+        assert area > 0.5, f"{case.name}: the map ranks ink behind background, AUC {area}"
 
 
 def _is_number(value: str) -> bool:

@@ -34,6 +34,12 @@ def main() -> None:
         values = confidence.summary() | curves.summary()
         rows[case.name] = {name: f"{value:.3f}" for name, value in values.items()}
     harness_models.print_table(rows)
+    for name, row in rows.items():
+        deletion, insertion = float(row["deletion_auc"]), float(row["insertion_auc"])
+        assert insertion > deletion, (
+            f"{name}: the first pixels of the map tell the class ({insertion}) no better than the "
+            f"last ones ({deletion})"
+        )
 
 
 if __name__ == "__main__":

@@ -93,11 +93,17 @@ def main() -> None:
 
     first = [mosaic.support_labels.index(label) for label in range(4)]
     figure = plot_episode(
-        query, mosaic.supports[first], maps, scores=model(query), labels=mosaic.digits
-    )
+        query, mosaic.supports[first], maps, scores=model(query), labels=mosaic.digits,
+        label="share of the score,\nless its mean",
+    )  # fmt: skip
     path = args.out / "metric_learning.png"
     figure.savefig(path, dpi=110)
     print(f"wrote {path}")
+
+    assert apart < 1e-4, f"the scores are {apart:.0e} away from the library's"
+    published, centred = (sum(shares) / len(shares) for shares in energy.values())
+    assert centred > 0.45, f"only {centred:.2f} of the energy is on the prototype's digit"
+    assert centred > published + 0.1, "centred finds the prototype's digit no better than fam"
 
 
 if __name__ == "__main__":

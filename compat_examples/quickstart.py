@@ -3,7 +3,7 @@
 Trains a small embedding on scikit-learn's handwritten digits, checks its few-shot accuracy on
 held-out ones, then explains mosaics: four digits in one query, and a reference that matches one of
 them. Three explainers look at the same SimilarityModel: LayerFam, FAM, and the two libraries' own
-Grad-CAM. Prints a table and writes a picture.
+Grad-CAM. Prints a table and writes it as JSON, with a picture.
 
     python compat_examples/quickstart.py --out out
 """
@@ -11,6 +11,7 @@ Grad-CAM. Prints a table and writes a picture.
 from __future__ import annotations
 
 import argparse
+import json
 import time
 import warnings
 from collections import defaultdict
@@ -175,6 +176,41 @@ def print_verdict(rows: dict[Method, Row]) -> None:
         print(f"  {name}: {gap.mean():+.3f} ± {half:.3f} ({word})")
 
 
+def as_json(rows: dict[Method, Row], accuracy: float, count: int) -> dict[str, object]:
+    """The table's numbers, and what they depend on besides the seed."""
+    return {
+        "accuracy": accuracy,
+        "mosaics": count,
+        "threads": torch.get_num_threads(),
+        "rows": [
+            {
+                "tool": method.tool,
+                "rule": method.rule,
+                "contrast": "others" if method.contrast else "none",
+                "energy": float(np.mean(row.energy)),
+                "interval": interval(row.energy),
+                "pointing": float(np.mean(row.pointing)),
+            }
+            for method, row in rows.items()
+        ],
+    }
+
+
+def check(rows: dict[Method, Row]) -> None:
+    """What the table is there to show, with room for another seed and other threads."""
+    energy = {(m.tool.split()[0], m.rule, m.contrast): np.array(r.energy) for m, r in rows.items()}
+    for tool in ("LayerFam", "FAM"):
+        best, published = energy[tool, "centred", True], energy[tool, "fam", False]
+        assert best.mean() > 0.5, f"{tool}: only {best.mean():.2f} of the energy is on the match"
+        assert best.mean() > published.mean() + 0.1, f"{tool}: centred is no better than fam"
+    for contrast in (False, True):
+        ours, theirs = energy["LayerFam", "gradcam", contrast], energy["Captum's", "", contrast]
+        apart = np.abs(ours - theirs).max()
+        assert apart < 1e-3, f'rule="gradcam" is {apart:.0e} away from Captum\'s LayerGradCam'
+    worst = max(max(row.delta, default=0.0) for row in rows.values())
+    assert worst < 1e-4, f"behind a linear head the additive map misses the score by {worst:.0e}"
+
+
 def draw(
     encoder: digits_data.Encoder, drawn: list[digits_data.Mosaic], device: str, path: Path
 ) -> None:
@@ -256,7 +292,9 @@ def _box(axis: plt.Axes, target: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the picture")
+    parser.add_argument(
+        "--out", type=Path, default=Path("out"), help="folder for the picture and the numbers"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--mosaics", type=int, default=300, help="how many to explain")
@@ -283,7 +321,10 @@ def main() -> None:
     print_verdict(rows)
     path = args.out / "quickstart.png"
     draw(encoder, drawn[:4], args.device, path)
-    print(f"\nwrote {path}")
+    numbers = args.out / "quickstart.json"
+    numbers.write_text(json.dumps(as_json(rows, accuracy, len(drawn)), indent=1) + "\n")
+    print(f"\nwrote {path} and {numbers}")
+    check(rows)
 
 
 if __name__ == "__main__":

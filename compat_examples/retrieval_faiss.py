@@ -95,10 +95,20 @@ def main() -> None:
     pairs = explain_pair(
         encoder, encoder.features, query.expand(5, -1, -1, -1), hits, rule="centred", contrast=mean
     )
-    figure = plot_retrieval(query[0], hits, maps[0], pairs.map_b, pairs.score)
+    figure = plot_retrieval(
+        query[0], hits, maps[0], pairs.map_b, pairs.score,
+        label="share of the score,\nless its mean",
+    )  # fmt: skip
     target = args.out / "retrieval_faiss.png"
     figure.savefig(target, dpi=110)
     print(f"wrote {target}")
+
+    published, centred = (sum(found) / len(found) for found in shares.values())
+    assert centred > 0.4, f"only {centred:.2f} of the energy is on the digit that the hit shows"
+    assert centred > published + 0.1, "centred finds the hit's digit no better than fam"
+    # Both sides of the last mosaic: the picture explains the query's maps a second time.
+    apart = float((pairs.map_a - maps[0]).abs().max() / maps.abs().max())
+    assert apart < 1e-3, f"explain_pair's maps of the query are {apart:.0e} away from LayerFam's"
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ lines; only the layer differs, and reshape_transform="auto" lays out tokens and 
 maps. Prints how much of each map's energy is on the right photograph, and writes a picture of each
 encoder.
 
+Whatever the weights, rule="gradcam" is pytorch-grad-cam's own map, which is checked.
+
     python compat_examples/timm_backbones.py --out out
 """
 
@@ -22,12 +24,14 @@ from urllib.request import urlopen
 
 import pretrained
 import torch
+from pytorch_grad_cam import GradCAM
+from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from sklearn.datasets import load_sample_image
 from torch import Tensor, nn
 from torchvision.transforms import functional as T
 from tqdm.auto import tqdm
 
-from fam_plugins import LayerFam, SimilarityModel
+from fam_plugins import FAM, LayerFam, SimilarityModel, infer_transform
 from fam_plugins.plots import plot_episode
 
 PHOTOGRAPHS = ("china.jpg", "flower.jpg")
@@ -121,6 +125,19 @@ def energy_on(half: int, attribution: Tensor) -> float:
     return float(sides[half] / (sides[0] + sides[1]).clamp_min(1e-12))
 
 
+def apart_from_gradcam(model: SimilarityModel, layer: str, images: Tensor) -> float:
+    """The largest gap between FAM's ``gradcam`` and GradCAM, both in [0, 1]; NaN if empty."""
+    module = model.get_submodule(f"encoder.{layer}")
+    transform = infer_transform(model, module, images)
+    targets = [ClassifierOutputTarget(0)]
+    with FAM(model, [module], transform, rule="gradcam") as cam:
+        ours = cam(images, targets)
+    with GradCAM(model, [module], transform) as cam:
+        theirs = cam(images, targets)
+    model.zero_grad(set_to_none=True)
+    return float(abs(ours - theirs).max()) if theirs.max() > 0.5 else float("nan")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the pictures")
@@ -136,7 +153,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
 
     query, references = photographs()
-    lines = []
+    lines, faults = [], []
     for backbone in tqdm(backbones(args), total=3, desc="encoders"):
         encoder = backbone.encoder.to(args.device)
         images = T.normalize(query, backbone.mean, backbone.std).to(args.device)
@@ -147,15 +164,23 @@ def main() -> None:
         maps = [explainer.attribute(images, target=j) for j in range(2)]
 
         exact = LayerFam(model, backbone.layer, rule="additive", reshape_transform="auto")
-        _, delta = exact.attribute(images, target=0, return_convergence_delta=True)
+        whole, delta = exact.attribute(images, target=0, return_convergence_delta=True)
         with torch.no_grad():
             scores = model(images)
         right = [energy_on(j, maps[j][0, 0]) for j in range(2)]
         kind = "exact" if delta.abs().max() < 1e-5 else "first order"
+        gap = apart_from_gradcam(model, backbone.layer, images)
+        if not gap < 1e-3:
+            faults.append(f"{backbone.name}: {gap:.0e} away from GradCAM")
+        if backbone.layer in ("features", "norm") and delta.abs() > 1e-2 * whole.sum().abs():
+            faults.append(f"{backbone.name}: {float(delta):.0e} off of {float(whole.sum()):.0e}")
+        # On random weights nothing is on the match.
+        if not backbone.warning and min(right) < 0.5:
+            faults.append(f"{backbone.name}: only {min(right):.2f} of the energy is on the match")
         shown = ["-" if backbone.warning else f"{share:.2f}" for share in right]
         lines.append(
             f"| {backbone.name} | `{backbone.layer}` | {tuple(maps[0].shape[2:])} | {kind} "
-            f"({delta.abs().max():.0e}) | {shown[0]} | {shown[1]} | "
+            f"({delta.abs().max():.0e}) | {gap:.0e} | {shown[0]} | {shown[1]} | "
             f"{'random' if backbone.warning else 'pretrained'} |"
         )
         figure = plot_episode(
@@ -164,7 +189,7 @@ def main() -> None:
             torch.stack(maps, dim=1),
             scores=scores,
             labels=[name.split(".")[0] for name in PHOTOGRAPHS],
-            label="share of the score,\nminus its mean",
+            label="share of the score,\nless its mean",
         )
         figure.suptitle(f"{backbone.name} {backbone.warning}".strip(), fontsize=10)
         path = args.out / f"timm_backbones_{backbone.name}.png"
@@ -172,9 +197,10 @@ def main() -> None:
         tqdm.write(f"wrote {path}")
 
     print("\nenergy on the matching photograph (0.50 by chance), rule centred, contrast others\n")
-    print("| encoder | layer | map | additive map | china | flower | weights |")
-    print("|---|---|---|---|---|---|---|")
+    print("| encoder | layer | map | additive map | off GradCAM | china | flower | weights |")
+    print("|---|---|---|---|---|---|---|---|")
     print("\n".join(lines))
+    assert not faults, "; ".join(faults)
 
 
 if __name__ == "__main__":

@@ -90,17 +90,25 @@ def main() -> None:
         print(f"  {sum(shares) / len(shares):.2f}  {name}")
 
     exact = explain_pair(encoder, encoder.features, a, b, difference=True)
-    print(f"\nscore {float(exact.score):.4f}, additive maps sum to {float(exact.map_a.sum()):.4f}")
-    print(
-        f"and {float(exact.map_b.sum()):.4f}; the difference: {float(exact.difference_a.sum()):.4f}"
-    )
+    score = float(exact.score)
+    sums = [float(part.sum()) for part in (exact.map_a, exact.map_b, exact.difference_a)]
+    print(f"\nscore {score:.4f}, additive maps sum to {sums[0]:.4f}")
+    print(f"and {sums[1]:.4f}; the difference: {sums[2]:.4f}")
     figure = plot_pair(
         a[0], b[0], pair.map_a[0], pair.map_b[0], score=pair.score[0],
         titles=(f"{shared} and {other}", f"{another} and {shared}"),
+        label="share of the score,\nless its mean",
     )  # fmt: skip
     path = args.out / "verification_pairs.png"
     figure.savefig(path, dpi=110)
     print(f"wrote {path}")
+
+    published, centred = (sum(shares) / len(shares) for shares in energy.values())
+    assert centred > 0.8, f"only {centred:.2f} of the energy is on the shared digit"
+    assert centred > published + 0.05, "centred finds the shared digit no better than fam"
+    # The embedding is pooled without a head, so there is no constant term.
+    for found, wanted in zip(sums, (score, score, 1 - score), strict=True):
+        assert abs(found - wanted) < 1e-4, f"a map sums to {found:.6f}, not to {wanted:.6f}"
 
 
 if __name__ == "__main__":

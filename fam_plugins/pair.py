@@ -13,7 +13,7 @@ from fam_plugins.core.eval_mode import eval_mode
 from fam_plugins.core.maps import MapPass
 from fam_plugins.core.references import embed_once
 from fam_plugins.core.rules import Rule, find_rule
-from fam_plugins.core.scores import check_embeddings, embed, score
+from fam_plugins.core.scores import check_embeddings, check_floats, embed, score
 from fam_plugins.core.similarity import Similarity, as_similarity
 from fam_plugins.core.transforms import Transform, check_transform
 
@@ -134,6 +134,8 @@ def explain_pair(
             against = embed_once(encoder, contrast, "contrast")
         one, two = side(a), side(b)
         check_embeddings(one.point, width=two.point.shape[1], what="embedding of a")
+        if against is not None:
+            check_embeddings(against, width=two.point.shape[1], what="contrast")
         with torch.no_grad():
             value = _pairwise(how, two.point)(one.point).clone()
         maps, differences, deltas = [], [], []
@@ -198,12 +200,7 @@ def _apart(how: Similarity, own: Tensor, others: Tensor) -> Callable[[Tensor], T
 
 def _check_batches(a: Tensor, b: Tensor) -> None:
     for name, images in (("a", a), ("b", b)):
-        if not isinstance(images, Tensor) or not images.is_floating_point():
-            kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
-            raise TypeError(
-                f"{name} must be a tensor of images in floating point, not {kind}: scale and "
-                "normalise them as in training (images.float() / 255 for bytes)"
-            )
+        check_floats(images, name)
         if images.dim() < 2 or len(images) == 0:
             raise ValueError(
                 f"{name} has shape {tuple(images.shape)}: pass at least one image, [B, C, H, W]; a "

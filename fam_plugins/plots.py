@@ -8,13 +8,15 @@ global state changes, and the figure is freed with its last reference. Save it w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from fam_plugins.core.references import as_tensor, listed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -60,8 +62,8 @@ def plot_pair(
         5
     """
     images = [_as_image(image_a, "image_a"), _as_image(image_b, "image_b")]
-    maps = [_as_single_map(map_a, "map_a"), _as_single_map(map_b, "map_b")]
-    if len(titles) != 2:
+    maps = [_as_maps(map_a, (), "map_a"), _as_maps(map_b, (), "map_b")]
+    if not isinstance(titles, (tuple, list)) or len(titles) != 2:
         raise ValueError(f"titles are {titles!r}: pass two, one per image")
     number = None if score is None else float(_as_scores(score, ()))
     figure, axes = _new_figure(2, 2, images)
@@ -113,7 +115,7 @@ def plot_episode(
     shape = (len(rows), len(tops))
     drawn = _as_maps(maps, shape, "maps")
     numbers = None if scores is None else _as_scores(scores, shape)
-    names = [str(name) for name in (range(len(tops)) if labels is None else labels)]
+    names = list(range(len(tops))) if labels is None else listed(labels)
     if len(names) != len(tops):
         raise ValueError(
             f"there are {len(names)} labels for {len(tops)} references: give one label each"
@@ -238,18 +240,18 @@ def _show_image(axis: Axes, image: np.ndarray, title: str) -> None:
     axis.imshow(image, cmap="gray", vmin=0, vmax=1)
     axis.set_xticks([])
     axis.set_yticks([])
-    axis.set_title(title, fontsize=9)
+    axis.set_title(title, fontsize=9, parse_math=False)
 
 
 def _as_image(image: Any, what: str) -> np.ndarray:
     """Check an image ``[C, H, W]`` or ``[H, W]`` and return it as ``[H, W, 3]`` in [0, 1]."""
-    pixels = torch.as_tensor(image).detach().float().cpu()
+    pixels = _as_floats(image, what)
     if pixels.dim() == 2:
         pixels = pixels[None]
     if pixels.dim() != 3 or pixels.shape[0] not in (1, 3) or 0 in pixels.shape:
         raise ValueError(
             f"{what} has shape {tuple(pixels.shape)}, not [H, W] or [C, H, W] with 1 or 3 channels "
-            "first: pass one image; of a batch, images[i]"
+            "first: pass one image; of a batch, images[i]; of channels last, image.permute(2, 0, 1)"
         )
     if not torch.isfinite(pixels).all():
         raise ValueError(f"{what} holds NaN or infinite values: check the image")
@@ -265,14 +267,19 @@ def _as_image(image: Any, what: str) -> np.ndarray:
 
 def _as_images(images: Any, what: str) -> list[np.ndarray]:
     """Check a batch ``[N, C, H, W]`` or a list of images of several sizes, and that it has any."""
-    if len(images) == 0:
+    if getattr(images, "ndim", 4) != 4 or not isinstance(images, Iterable):
+        raise ValueError(f"{what} are no [N, C, H, W] or list of images: of one image, [image]")
+    found = [_as_image(image, f"{what}[{index}]") for index, image in enumerate(images)]
+    if not found:
         raise ValueError(f"there are no {what}: pass at least one image")
-    return [_as_image(image, f"{what}[{index}]") for index, image in enumerate(images)]
+    return found
 
 
 def _as_maps(maps: Any, leading: tuple[int, ...], what: str) -> Tensor:
     """Check maps ``[*leading, 1, h, w]`` and return them as ``[*leading, h, w]`` on the host."""
-    given = torch.as_tensor(maps).detach().float().cpu()
+    given = _as_floats(maps, what)
+    if not leading and given.dim() == 4 and len(given) == 1:  # of a batch of one
+        given = given[0]
     fits = given.dim() == len(leading) + 3 and tuple(given.shape[:-2]) == (*leading, 1)
     if not fits or 0 in given.shape:
         wanted = ", ".join(map(str, (*leading, 1, "h", "w")))
@@ -285,17 +292,22 @@ def _as_maps(maps: Any, leading: tuple[int, ...], what: str) -> Tensor:
     return given.squeeze(-3)
 
 
-def _as_single_map(attribution: Any, what: str) -> Tensor:
-    """Check a map ``[1, h, w]``, or a batch of one, and return it as ``[h, w]``."""
-    given = torch.as_tensor(attribution)
-    return _as_maps(given[0] if given.dim() == 4 and len(given) == 1 else given, (), what)
-
-
 def _as_scores(scores: Any, shape: tuple[int, ...]) -> Tensor:
     """Check that there is one score per map and return them as ``shape`` on the host."""
-    given = torch.as_tensor(scores).detach().float().cpu()
-    if tuple(given.shape) != shape:
+    given = _as_floats(scores, "scores")
+    if not shape and given.numel() == 1:  # of a batch of one
+        given = given.reshape(())
+    if tuple(given.shape) != shape or given.isnan().any():
         raise ValueError(
-            f"scores has shape {tuple(given.shape)}, not {list(shape)}: pass one per map"
+            f"scores has shape {tuple(given.shape)}, not {list(shape) or 'one number'}, or holds "
+            "NaN: pass one per map (of a batch, score[i])"
         )
     return given
+
+
+def _as_floats(values: Any, what: str) -> Tensor:
+    """What a user gave as float32 on the host."""
+    given = as_tensor(values, what)
+    if given.is_complex():
+        raise TypeError(f"{what} is complex: pass real values (.abs() or .real)")
+    return given.detach().float().cpu()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -216,6 +217,29 @@ def test_verdict_says_no_when_nothing_wins():
     }
     assert verdict.statement(rows).startswith("Yes: outside the paired intervals, rule centred")
     assert verdict.compare(rows, "GradCAM", "rule centred", "energy").word == "worse"
+
+
+@pytest.mark.parametrize("fault", ["", "energy", "mosaic contrastive deletion", "top-2 overlap"])
+def test_the_quick_check_finds_a_map_that_is_none(fault):
+    def column(name, good, bad):
+        return {name: np.full(4, bad if fault == name else good)}
+
+    deletion = "mosaic contrastive deletion"
+    similarity = {
+        "rule fam": {"energy": np.full(4, 0.28)},
+        "rule centred, contrast others": {
+            **column("energy", 0.7, 0.1),
+            **column(deletion, -0.1, 0.2),
+        },
+        "random": {deletion: np.full(4, 0.1)},
+    }
+    cape = {
+        "CAPE": {**column("top-2 overlap", 0.1, 0.6), "complexity": np.full(4, 0.4)},
+        "Grad-CAM": {"top-2 overlap": np.full(4, 0.3)},
+    }
+    found = {"digits": {0: ("", similarity)}}, {0: ("", cape, cape)}
+    with pytest.raises(AssertionError) if fault else nullcontext():
+        map_quality._check(*found)
 
 
 def test_image_folder(tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -32,7 +32,8 @@ def _check_images(images: Any, where: str) -> None:
     """Refuse what is not a batch of finite images ``[B, C, H, W]`` or volumes."""
     if not isinstance(images, Tensor):
         kind = type(images).__name__
-        raise TypeError(f"{where} starts with a {kind}: yield images or (images, labels)")
+        hint = ", as [(b['image'], b['label']) for b in loader]" * isinstance(images, Mapping)
+        raise TypeError(f"{where} starts with a {kind}: yield images or (images, labels){hint}")
     if not images.is_floating_point():
         raise TypeError(f"{where}: images are {images.dtype}; scale them, images.float() / 255")
     if images.dim() not in (4, 5) or images.numel() == 0:
@@ -79,7 +80,7 @@ class FeatureCache:
 
     def shuffled(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield maps and logits in new batches, in an order that a resumed fit draws again."""
-        generator = torch.Generator().manual_seed(epoch)
-        order = torch.randperm(len(self._features), generator=generator)
+        generator = torch.Generator("cpu").manual_seed(epoch)
+        order = torch.randperm(len(self._features), generator=generator, device="cpu")
         for chosen in torch.split(order, self._batch_size):
             yield self._features[chosen].to(self._device), self._logits[chosen].to(self._device)

@@ -88,13 +88,14 @@ def calibrate_temperature(
         >>> from fam_plugins.cape import with_cape_head
         >>> net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
         >>> model = with_cape_head(net.append(nn.Linear(8, 3)))  # then fit_cape_head
-        >>> held_out = [(torch.randn(6, 1, 8, 8), torch.tensor([0, 1, 2, 0, 1, 2]))]
-        >>> report = calibrate_temperature(model, held_out)
+        >>> images = torch.randn(8, 1, 8, 8)
+        >>> labels = (model(images).argmax(dim=1) + torch.tensor([0] * 6 + [1, 2])) % 3
+        >>> report = calibrate_temperature(model, [(images, labels)])  # two of eight are wrong
         >>> report.nll_after <= report.nll_before
         True
     """
-    require_cape_model(model)
-    low, high = bounds
+    require_cape_model(model, loader)
+    low, high = bounds if isinstance(bounds, (tuple, list)) and len(bounds) == 2 else (0, 0)
     if not -50 <= low < 0 < high <= 50:
         raise ValueError(f"bounds must be (low, high) around 0, within ±50, not {bounds}")
     head = model.head

@@ -29,28 +29,43 @@ class Checkpoint:
         self._path, self._head, self._settings = path, model.head, settings
         self._teacher = _fingerprint(model.classifier)
 
-    def load(self) -> dict[str, Any] | None:
-        """What :meth:`save` wrote, if there is a file; a damaged or foreign one is refused."""
+    def load(self, parts: dict[str, Any]) -> dict[str, Any] | None:
+        """Resume from what :meth:`save` wrote, if there is a file; a bad one touches no head."""
         if not self._path.exists():
             return None
         try:
-            saved = torch.load(self._path, map_location="cpu", weights_only=True)
-        except Exception as error:  # zip, pickle and I/O errors differ between versions of torch
-            raise self._foreign("cannot be read as a checkpoint (half-written?)") from error
-        if not isinstance(saved, dict) or saved.get("format") != _FORMAT:
-            raise self._foreign("was not written by fit_cape_head")
-        for name, tensor in self._head.state_dict().items():
-            there = tuple(saved["head"][name].shape) if name in saved["head"] else "missing"
-            if there != tuple(tensor.shape):
-                sizes = f"{name} is {there} there, {tuple(tensor.shape)} here"
-                raise self._foreign(f"holds a head of another size: {sizes}")
-        if saved["teacher"] != self._teacher:
-            raise self._foreign("was fitted to another classifier's weights")
-        was = saved["settings"].items() - self._settings.items()
-        if was:
-            changed = ", ".join(f"{name}={value}" for name, value in sorted(was))
-            raise self._foreign(f"was written with {changed} (use the same settings)")
+            saved: dict[str, Any] = torch.load(self._path, map_location="cpu", weights_only=True)
+            reason = self._mismatch(saved, parts["optimizer"], parts["scheduler"])
+        except Exception as error:  # they differ between versions of torch and kinds of damage
+            raise self._foreign("cannot be read (half-written or edited?)") from error
+        if reason:
+            raise self._foreign(reason)
+        self._head.load_state_dict(saved["head"])
         return saved
+
+    def _mismatch(self, saved: Any, optimizer: Any, scheduler: Any) -> str | None:
+        """Why the fit cannot go on from there, if so; fails on what has another structure."""
+        if not isinstance(saved, dict) or saved.get("format") != _FORMAT:
+            return "was not written by fit_cape_head"
+        head, history, own = saved["head"], saved["history"], self._head.state_dict()
+        there, here = ({(name, *t.shape) for name, t in state.items()} for state in (head, own))
+        if there != here:
+            return f"holds another head: {sorted(there - here)}, not {sorted(here - there)}"
+        if saved["teacher"] != self._teacher:
+            return "was fitted to another classifier's weights"
+        if was := sorted(saved["settings"].items() - self._settings.items()):
+            changed = ", ".join(f"{name}={value}" for name, value in was)
+            return f"was written with {changed} (use the same settings)"
+        optimizer.load_state_dict(saved["optimizer"])
+        scheduler.load_state_dict(saved["scheduler"])
+        parts = self._head.parameters() if self._settings["momentum"] else ()
+        momenta = [optimizer.state[part]["momentum_buffer"].view_as(part) for part in parts]
+        curves = [history[name] for name in ("loss", "agreement", "confidence")]
+        rates = [optimizer.param_groups[0]["lr"]] * scheduler.last_epoch
+        numbers = torch.tensor([*zip(*curves, rates, strict=True)], device="cpu")
+        finite = all(bool(t.isfinite().all()) for t in (*head.values(), *momenta, numbers))
+        whole = len(saved) == 7 and len(history) == 4 and len(saved["settings"]) == 6
+        return None if finite and whole else "is damaged (NaN, or more or less than was written)"
 
     def save(self, **progress: Any) -> None:
         """Write progress in one step: a temporary file is renamed over the old one."""

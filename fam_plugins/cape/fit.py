@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from fam_plugins.cape.batches import FeatureCache, feature_batches
 from fam_plugins.cape.checkpoint import Checkpoint
 from fam_plugins.cape.head import CapeHead, classify_regions, log_probabilities
 from fam_plugins.cape.loss import distillation
-from fam_plugins.cape.model import CapeModel, require_cape_model
+from fam_plugins.cape.model import CapeModel, is_finite, require_cape_model
 from fam_plugins.core.eval_mode import eval_mode
 
 __all__ = ["FitHistory", "fit_cape_head"]
@@ -45,13 +46,13 @@ class FitHistory:
 
 # NaN fails every comparison.
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "epochs": (lambda n: isinstance(n, int) and n >= 1, "a whole number, at least 1"),
-    "lr": (lambda x: 0 < x < math.inf, "above 0"),
-    "momentum": (lambda x: 0 <= x < 1, "in [0, 1)"),
-    "weight_decay": (lambda x: 0 <= x < math.inf, "at least 0"),
-    "step_size": (lambda n: isinstance(n, int) and n >= 1, "a whole number, at least 1"),
-    "gamma": (lambda x: 0 < x <= 1, "in (0, 1]"),
-    "temperature": (lambda x: 0 < x < math.inf, "above 0"),
+    "epochs": (lambda n: isinstance(n, int) and n >= 1, "an int, at least 1"),
+    "lr": (lambda x: 0 < x < math.inf, "a float above 0"),
+    "momentum": (lambda x: 0 <= x < 1, "a float in [0, 1)"),
+    "weight_decay": (lambda x: 0 <= x < math.inf, "a float, at least 0"),
+    "step_size": (lambda n: isinstance(n, int) and n >= 1, "an int, at least 1"),
+    "gamma": (lambda x: 0 < x <= 1, "a float in (0, 1]"),
+    "temperature": (lambda x: 0 < x < math.inf, "a float above 0"),
 }
 
 
@@ -115,45 +116,42 @@ def fit_cape_head(
         >>> len(history.loss)
         2
     """
-    require_cape_model(model)
-    settings = {
-        "lr": lr,
-        "momentum": momentum,
-        "weight_decay": weight_decay,
-        "step_size": step_size,
-        "gamma": gamma,
-        "temperature": temperature,
-    }
+    from tqdm.auto import tqdm
+
+    require_cape_model(model, loader)
+    settings = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+    settings |= {"step_size": step_size, "gamma": gamma, "temperature": temperature}
     for name, value in {"epochs": epochs, **settings}.items():
         fits, wanted = _RANGES[name]
-        if not fits(value):
+        if not isinstance(value, (int, float)) or not fits(value):
             raise ValueError(f"{name} must be {wanted}, not {value!r}")
-    if not cache and epochs > 1 and iter(loader) is loader:
+    settings = {name: float(value) for name, value in settings.items()}  # no file holds numpy's
+    if not cache and epochs > 1 and isinstance(loader, Iterator):
         raise TypeError("an iterator can be read only once: pass a DataLoader, or cache=True")
     file = None if checkpoint is None else Checkpoint(Path(checkpoint), model, settings)
     head, history, kept = model.head, FitHistory(), None
+    bar = partial(tqdm, disable=not progress, leave=False)
     with _only_head_trains(model):
-        optimizer = SGD(head.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay)
-        scheduler = StepLR(optimizer, step_size, gamma)
+        rates = settings["lr"], settings["momentum"], 0, settings["weight_decay"]
+        optimizer = SGD(head.parameters(), *rates)
+        scheduler = StepLR(optimizer, int(step_size), settings["gamma"])
         parts: dict[str, Any] = {"head": head, "optimizer": optimizer, "scheduler": scheduler}
-        if saved := file and file.load():
+        if saved := file and file.load(parts):
             history = FitHistory(**saved["history"])
-            for name, part in parts.items():
-                part.load_state_dict(saved[name])
         last_good = copy.deepcopy(head.state_dict())
         try:
             for epoch in range(len(history.loss), epochs):
                 if cache and kept is None:
-                    with _bar(loader, "CAPE features", progress) as bar:
-                        kept = FeatureCache(feature_batches(bar, model))
+                    with bar(loader, desc="CAPE features") as images:
+                        kept = FeatureCache(feature_batches(images, model))
                 items, total = (kept.shuffled(epoch), len(kept)) if kept else (loader, None)
-                with _bar(items, f"CAPE head {epoch + 1}/{epochs}", progress, total) as bar:
-                    batches = bar if kept else feature_batches(bar, model)
+                with bar(items, desc=f"CAPE head {epoch + 1}/{epochs}", total=total) as shown:
+                    batches = shown if kept else feature_batches(shown, model)
                     loss, agreement, confidence = _epoch(head, batches, optimizer, temperature)
-                if not math.isfinite(loss):
+                if not math.isfinite(loss) or not is_finite(head):
                     raise FloatingPointError(
-                        f"the loss is not finite in epoch {epoch + 1}: lower lr, use a float32 "
-                        f"head (not {head.weight.dtype}), and check that the features are finite"
+                        f"the fit is not finite in epoch {epoch + 1}: lower lr, check that the "
+                        f"features are finite, and fit in float32 (the head is {head.weight.dtype})"
                     )
                 history.loss.append(loss)
                 history.agreement.append(agreement)
@@ -201,17 +199,11 @@ def _only_head_trains(model: CapeModel) -> Iterator[None]:
     """Eval mode and trainable head inside; modes, flags and gradients as before afterwards."""
     before = [(p, p.requires_grad, p.grad) for p in model.head.parameters()]
     try:
-        with eval_mode(model), torch.enable_grad():
+        with eval_mode(model), torch.inference_mode(False):  # which records gradients too
             for parameter, _, _ in before:
-                parameter.requires_grad_(True).grad = None
+                parameter.requires_grad_(True)
             yield
     finally:
         for parameter, flag, grad in before:
             parameter.requires_grad_(flag)
             parameter.grad = grad
-
-
-def _bar(items: Iterable[Any], name: str, progress: bool, total: int | None = None) -> Any:
-    from tqdm.auto import tqdm
-
-    return tqdm(items, total=total, desc=name, disable=not progress, leave=False)

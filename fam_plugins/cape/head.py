@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import partial
+from numbers import Integral
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from fam_plugins.cape.released import head_state_from_release
 
-__all__ = ["CapeHead", "cape_maps", "classify_regions", "log_probabilities"]
+__all__ = ["CapeHead", "cape_maps", "classify_regions", "log_probabilities", "require_floats"]
 
 
 class CapeHead(nn.Module):
@@ -56,7 +57,7 @@ class CapeHead(nn.Module):
         region_logits: An identity for hooks; each call passes ``M`` ``[B, h, w, K]`` through it.
 
     Raises:
-        ValueError: If ``in_channels`` is below 1 or ``num_classes`` below 2.
+        ValueError: If ``in_channels`` is no int from 1, or ``num_classes`` none from 2.
 
     Example:
         >>> head = CapeHead(in_channels=16, num_classes=5)
@@ -78,11 +79,10 @@ class CapeHead(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if in_channels < 1:
-            raise ValueError(f"in_channels must be at least 1, not {in_channels}")
-        if num_classes < 2:
-            hint = "give a binary classifier two outputs"
-            raise ValueError(f"num_classes must be at least 2, not {num_classes}: {hint}")
+        for name, size, least in (("in_channels", in_channels, 1), ("num_classes", num_classes, 2)):
+            if not isinstance(size, Integral) or size < least:
+                fix = "try from_linear(model.fc); a binary classifier needs two outputs"
+                raise ValueError(f"{name} must be an int from {least}, not {size!r}: {fix}")
         self.in_channels = in_channels
         self.num_classes = num_classes
         empty = partial(torch.empty, device=device, dtype=dtype)
@@ -117,13 +117,9 @@ class CapeHead(nn.Module):
         if not isinstance(linear, nn.Linear):
             kind = type(linear).__name__
             raise TypeError(f"from_linear takes an nn.Linear, such as model.fc, not {kind}")
-        classes, channels = linear.weight.shape
-        head = cls(channels, classes, bias=linear.bias is not None).to(linear.weight)
-        with torch.no_grad():
-            head.weight.copy_(linear.weight)
-            if head.bias is not None:
-                head.bias.copy_(linear.bias)
-        return head
+        weight, bias = linear.weight.detach(), linear.bias
+        state = dict.fromkeys(("t1", "t2", "t3"), weight.new_zeros(())) | {"weight": weight}
+        return cls._holding(state if bias is None else {**state, "bias": bias})
 
     @classmethod
     def from_released_state_dict(cls, state_dict: Mapping[str, Tensor]) -> CapeHead:
@@ -133,15 +129,20 @@ class CapeHead(nn.Module):
             state_dict: As for :func:`head_state_from_release`.
 
         Returns:
-            A head of the checkpoint's size and type.
+            A head of the checkpoint's size and type, on its device.
 
         Raises:
             ValueError: If names of the CAPE head are missing or sizes contradict each other.
         """
-        state = head_state_from_release(state_dict)
+        return cls._holding(head_state_from_release(state_dict))
+
+    @classmethod
+    def _holding(cls, state: Mapping[str, Tensor]) -> CapeHead:
+        """A head of these values. Nothing is drawn: the caller's random state stays as it is."""
         weight = state["weight"]
-        head = cls(weight.shape[1], weight.shape[0], bias="bias" in state, dtype=weight.dtype)
-        head.load_state_dict(state)
+        classes, channels = weight.shape
+        head = cls(channels, classes, bias="bias" in state, device="meta", dtype=weight.dtype)
+        head.to_empty(device=weight.device).load_state_dict(state)
         return head
 
     def forward(self, features: Tensor) -> Tensor:
@@ -212,8 +213,8 @@ def classify_regions(head: CapeHead, features: Tensor) -> Tensor:
     features = _fitting(features, head.in_channels, head.weight.dtype)
     # F.linear rather than a 1x1 convolution: it follows the same TF32 setting as the model's own
     # classifier, and the class softmax then runs over contiguous memory.
-    logits = F.linear(features.flatten(2).mT, head.weight, head.bias)
-    return logits.reshape(len(features), *features.shape[2:], -1)
+    logits = F.linear(features.flatten(2).transpose(1, 2), head.weight, head.bias)
+    return logits.reshape(features.shape[0], *features.shape[2:], -1)
 
 
 def log_probabilities(logits: Tensor, t1: Tensor, t2: Tensor, t3: Tensor | None = None) -> Tensor:
@@ -235,7 +236,7 @@ def cape_maps(
     if chosen is not None:
         classes = classes.gather(2, chosen.view(-1, 1, 1).expand(-1, classes.shape[1], 1))
     maps = torch.relu(classes + weights) if relative else classes * weights
-    return maps.mT.reshape(len(logits), -1, *logits.shape[1:-1]).contiguous()
+    return maps.transpose(1, 2).reshape(logits.shape[0], -1, *logits.shape[1:-1]).contiguous()
 
 
 def _tempered(
@@ -251,6 +252,7 @@ def _tempered(
 
 def _fitting(features: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
     """Features in the head's type: narrower types are widened, wider ones refused, not rounded."""
+    require_floats(features=features)
     shape = tuple(features.shape)
     if features.dim() not in (4, 5):
         raise ValueError(
@@ -263,8 +265,14 @@ def _fitting(features: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
         raise ValueError(f"the head takes {channels} channels, not {shape[1]}: pass {hint}")
     if features.numel() == 0:
         raise ValueError(f"the feature map {shape} is empty: pass at least one image and region")
-    if not features.is_floating_point():
-        raise TypeError(f"features are {features.dtype}: convert them with features.float()")
     if torch.promote_types(features.dtype, dtype) != dtype:
         raise TypeError(f"features are {features.dtype} but the head is {dtype}: use .to({dtype})")
     return features.to(dtype)
+
+
+def require_floats(**tensors: object) -> None:
+    """Refuse, by its name, what is not a tensor of floating-point numbers."""
+    for name, given in tensors.items():
+        if not isinstance(given, Tensor) or not given.is_floating_point():
+            kind = given.dtype if isinstance(given, Tensor) else f"a {type(given).__name__}"
+            raise TypeError(f"{name} must be floats, not {kind}: torch.as_tensor({name}).float()")

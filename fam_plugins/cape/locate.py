@@ -60,8 +60,10 @@ def locate(
     No list of architectures: the model runs once, and a layer qualifies when the mean of its output
     over regions *is* the classifier's input. What the numbers do not show is refused.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(f"model must be a plain torch.nn.Module, not {type(model).__name__}")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError("the model is on the meta device: load its weights first")
     layer, classifier = _name_in(model, layer), _name_in(model, classifier)
     if classifier and not isinstance(model.get_submodule(classifier), nn.Linear):
         kind = type(model.get_submodule(classifier)).__name__
@@ -105,7 +107,7 @@ def _classifier_call(
     linears = [call for call in calls if call.linear and name in (None, call.name)]
     last = next((c for c in reversed(linears) if c.linear[1].shape == output.shape), None)
     # Equality, not closeness: nothing may stand between the classifier and the output.
-    if last is None or not torch.equal(last.linear[1], output):
+    if last is None or not torch.equal(*(t.nan_to_num() for t in (last.linear[1], output))):
         what = f"{name!r} does not compute" if name else "no nn.Linear computes"
         raise ValueError(
             f"{kind} does not fit CAPE: {what} its output. CAPE needs pooling followed by one "
@@ -163,9 +165,10 @@ def _probe(model: nn.Module, example_input: Tensor | None) -> tuple[Any, list[Ca
             return model(images), calls
     except Exception as error:
         what = "a made-up input" if example_input is None else "example_input"
+        shape, why = tuple(getattr(images, "shape", ())), str(error).partition("\n")[0]
         raise ValueError(
-            f"{type(model).__name__} did not accept {what} of shape {tuple(images.shape)}: pass "
-            f"images that it accepts as example_input= ({error})"
+            f"{type(model).__name__} did not accept {what} of shape {shape}: pass images that it "
+            f"accepts as example_input= ({why})"
         ) from error
     finally:
         for handle in handles:
@@ -206,6 +209,6 @@ def _made_up_input(model: nn.Module) -> Tensor:
         size = tuple(config["input_size"][1:])  # timm
     else:
         size = (getattr(model, "image_size", 224),) * 2  # torchvision's ViT
-    generator = torch.Generator().manual_seed(0)
     device, dtype = place_of(model)
-    return torch.randn(2, convolution.in_channels, *size, generator=generator).to(device, dtype)
+    shape, generator = (2, convolution.in_channels, *size), torch.Generator("cpu").manual_seed(0)
+    return torch.randn(shape, generator=generator, device="cpu").to(device, dtype)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fam_plugins.cape.head import CapeHead
+from fam_plugins.cape.head import CapeHead, require_floats
 
 __all__ = ["cape_loss", "check_labels", "distillation"]
 
@@ -49,7 +49,7 @@ def cape_loss(
         A scalar in nats, mean over the batch, float32 or wider.
 
     Raises:
-        TypeError: If ``labels`` are not whole numbers.
+        TypeError: If ``labels`` are not whole numbers, or an argument is of another kind.
         ValueError: If shapes do not match, labels are missing, or something is out of range.
 
     Example:
@@ -60,11 +60,14 @@ def cape_loss(
         >>> features.grad is None  # CAPE does not train the backbone
         True
     """
-    # Written as "not (x >= 0)" so that NaN is refused too.
-    if not (alpha >= 0 and beta >= 0 and alpha + beta > 0 and temperature > 0):
+    if not isinstance(head, CapeHead):
+        raise TypeError(f"head must be a CapeHead, as model.head, not a {type(head).__name__}")
+    require_floats(features=features, logits=logits)
+    ok = all(isinstance(x, (int, float)) and 0 <= x < torch.inf for x in (alpha, beta, temperature))
+    if not ok or alpha + beta == 0 or temperature == 0:
         raise ValueError(
-            "alpha and beta must be at least 0 and not both 0, and temperature above 0, "
-            f"not {alpha}, {beta} and {temperature}"
+            "alpha and beta must be floats from 0 and not both 0, and temperature above 0, "
+            f"not {alpha!r}, {beta!r} and {temperature!r}"
         )
     shape = (len(features), head.num_classes)
     if logits.shape != shape:
@@ -92,8 +95,9 @@ def distillation(student: Tensor, logits: Tensor, temperature: float) -> Tensor:
 
 def check_labels(labels: Tensor, *, images: int, classes: int) -> None:
     """Refuse labels that are not one class index per image, ``[B]``."""
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise TypeError(f"labels must be int64, not {labels.dtype}: see labels.argmax(dim=1)")
+    kind = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+    if kind not in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64):
+        raise TypeError(f"labels must be an int64 tensor, not {kind}: see labels.argmax(dim=1)")
     if labels.shape != (images,):
         shape = tuple(labels.shape)
         raise ValueError(f"pass one class index for each of the {images} images, not {shape}")

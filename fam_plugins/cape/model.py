@@ -12,7 +12,7 @@ from fam_plugins.cape.head import CapeHead
 from fam_plugins.cape.locate import Site, locate
 from fam_plugins.core.layer_pass import find_layer
 
-__all__ = ["CapeModel", "find_head", "require_cape_model", "with_cape_head"]
+__all__ = ["CapeModel", "find_head", "is_finite", "require_cape_model", "with_cape_head"]
 
 
 def with_cape_head(
@@ -32,7 +32,8 @@ def with_cape_head(
     hidden layers, a norm after pooling or a class token are refused.
 
     The head's probabilities mean little before :func:`fit_cape_head`: CAPE weighs regions, the
-    classifier averages them. Source: CAPE's setting "PF" (CVPR 2024, arXiv 2404.02388).
+    classifier averages them. They share 1 among the classes (softmax), so CAPE is not for sigmoid
+    (multi-label) outputs. Source: CAPE's setting "PF" (CVPR 2024, arXiv 2404.02388).
 
     Args:
         model: A classifier ``[B, ...] -> [B, K]``; kept by reference, not changed.
@@ -55,7 +56,7 @@ def with_cape_head(
         >>> model(torch.randn(2, 1, 16, 16)).exp().sum(dim=1).allclose(torch.ones(2))
         True
     """
-    if isinstance(model, CapeModel):
+    if isinstance(model, nn.Module) and any(isinstance(m, CapeHead) for m in model.modules()):
         raise TypeError("the model already has a CAPE head: use model.head, or pass model.model")
     if head is not None and not isinstance(head, CapeHead):
         raise TypeError(f"head must be a CapeHead, not {type(head).__name__}")
@@ -186,7 +187,16 @@ def find_head(model: object, layer: nn.Module | str | None = None) -> tuple[Cape
     return heads[0]
 
 
-def require_cape_model(model: object) -> None:
-    """Refuse a model that :func:`with_cape_head` did not return."""
+def require_cape_model(model: object, loader: object) -> None:
+    """Refuse what :func:`with_cape_head` did not return, a spoilt head, and what is no loader."""
     if not isinstance(model, CapeModel):
         raise TypeError(f"pass what with_cape_head(model) returned, not a {type(model).__name__}")
+    if not is_finite(model.head):
+        raise ValueError("the head holds NaN or inf: re-create it with with_cape_head(model.model)")
+    if not {"__iter__", "__getitem__"} & set(dir(loader)):
+        raise TypeError(f"loader must be a DataLoader or a list, not a {type(loader).__name__}")
+
+
+def is_finite(head: CapeHead) -> bool:
+    """Whether every parameter has values, and finite ones."""
+    return all(not p.is_meta and bool(p.isfinite().all()) for p in head.parameters())

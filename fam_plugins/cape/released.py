@@ -39,6 +39,8 @@ def head_state_from_release(state_dict: Mapping[str, Tensor]) -> dict[str, Tenso
         >>> sorted(head_state_from_release(released))
         ['t1', 't2', 't3', 'weight']
     """
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"pass what torch.load(path) returned, not a {type(state_dict).__name__}")
     state = {name.removeprefix(_PARALLEL): tensor for name, tensor in state_dict.items()}
     missing = [theirs for ours, theirs in _HEAD.items() if theirs not in state and ours != "bias"]
     if missing:

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fam_plugins.cape.head import require_floats
+
 __all__ = ["upsample_conserving_mass"]
 
 
@@ -50,10 +52,9 @@ def upsample_conserving_mass(
         >>> torch.allclose(large.sum(), torch.tensor(1.0))
         True
     """
+    require_floats(maps=maps)
     if maps.dim() != 4 or maps.numel() == 0:
         raise ValueError(f"maps must be [B, K, h, w], not {tuple(maps.shape)}")
-    if not maps.is_floating_point():
-        raise TypeError(f"maps are {maps.dtype}: convert them with maps.float()")
     if mode not in ("nearest", "bilinear"):
         raise ValueError(f"mode must be 'nearest' or 'bilinear', not {mode!r}")
     try:
@@ -74,12 +75,12 @@ def _shares(old: int, new: int, mode: str) -> Tensor:
     """``[new, old]``: the share of each old cell's mass that each new cell receives."""
     # Float64 on the CPU: the matrix is tiny, and its rounding would be the largest error of all.
     if mode == "bilinear" and new >= old:
-        identity = torch.eye(old, dtype=torch.float64).unsqueeze(0)
+        identity = torch.eye(old, dtype=torch.float64, device="cpu").unsqueeze(0)
         weights = F.interpolate(identity, size=new, mode="linear", align_corners=False)[0].mT
     else:
         # Overlap of [j, j+1) / new with [i, i+1) / old, in units of 1 / (old * new).
-        lower = torch.arange(new, dtype=torch.float64).unsqueeze(1) * old
-        cell = torch.arange(old, dtype=torch.float64) * new
+        lower = torch.arange(new, dtype=torch.float64, device="cpu").unsqueeze(1) * old
+        cell = torch.arange(old, dtype=torch.float64, device="cpu") * new
         overlap = torch.minimum(lower + old, cell + new) - torch.maximum(lower, cell)
         weights = overlap.clamp(min=0)
     return weights / weights.sum(dim=0, keepdim=True)

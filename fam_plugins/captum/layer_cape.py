@@ -92,7 +92,9 @@ class LayerCape(LayerAttribution):
         batch_size(inputs)
         head, _ = find_head(self.forward_func, self.layer)
         one = LayerPass(self.forward_func, [head.region_logits], differentiate=False)
-        output = one.run(lambda: run_forward(self.forward_func, inputs, additional_forward_args))
+        output = one.run(
+            lambda: run_forward(self.forward_func, inputs, None, additional_forward_args)
+        )
         scores = select_scores(output, target)  # refuses what the model's own output lacks
         ((logits,),) = one.tracked
         classes = torch.arange(head.num_classes, device=logits.device)

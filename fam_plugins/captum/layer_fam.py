@@ -79,7 +79,7 @@ class LayerFam(LayerAttribution):
     ) -> None:
         super().__init__(forward_func, layer, device_ids)
         self.rule: str | Rule = choose_rule(rule)
-        if reshape_transform != "auto":
+        if not isinstance(reshape_transform, str) or reshape_transform != "auto":
             check_transform(reshape_transform)
         self.reshape_transform = reshape_transform
 
@@ -136,16 +136,16 @@ class LayerFam(LayerAttribution):
                 f'rule "{one.rule.name}" does not add up to the score, so it has no convergence '
                 'delta: use LayerFam(..., rule="additive")'
             )
-        scores = ModelScores(self.forward_func)
-        forward = partial(run_forward, scores.forward, inputs, additional_forward_args)
-        score = partial(scores.select, pick=partial(select_scores, target=target))
+        pick = partial(select_scores, target=target)
+        scores = ModelScores(self.forward_func, pick, batch_size(inputs))
+        forward = partial(run_forward, scores.forward, inputs, None, additional_forward_args)
         (maps,) = one.explain(
-            forward, inputs, score, sum_channels=attr_dim_summation, **(grad_kwargs or {})
+            forward, inputs, scores.select, sum_channels=attr_dim_summation, **(grad_kwargs or {})
         )
         result = _shown(maps, relu_attributions)
         if not return_convergence_delta:
             return result
-        constant = one.constant(lambda: score(forward()))
+        constant = one.constant(lambda: scores.select(forward()))
         return result, _total(maps) + constant - one.scores
 
     @log_usage()
@@ -195,7 +195,7 @@ class LayerFam(LayerAttribution):
         (maps,) = map_references(
             self._pass(),
             scores,
-            partial(run_forward, scores.forward, inputs, additional_forward_args),
+            partial(run_forward, scores.forward, inputs, None, additional_forward_args),
             inputs,
             indices=chosen,
             per_chunk=references_per_chunk,
@@ -229,6 +229,10 @@ class LayerFam(LayerAttribution):
         Raises:
             ValueError: If the rule does not add up; and as for :meth:`attribute`.
         """
+        parts = attributions if isinstance(attributions, tuple) else (attributions,)
+        fit = all(isinstance(p, Tensor) and len(p) == batch_size(inputs) for p in parts)
+        if self.has_convergence_delta() and not fit:
+            raise ValueError("attributions must be one map per image, as attribute returns them")
         maps, delta = self.attribute(
             inputs,
             target,

@@ -7,21 +7,19 @@ the same in Captum 0.7 to 0.9.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from operator import index
 from typing import Any
 
-from captum._utils.common import _run_forward, _select_targets
+import torch
+from captum._utils.common import _run_forward as run_forward
+from captum._utils.common import _select_targets
 from torch import Tensor
+
+from fam_plugins.core.maps import batch_size
 
 __all__ = ["TensorOrTensors", "batch_size", "run_forward", "select_scores"]
 
 TensorOrTensors = Tensor | tuple[Tensor, ...]
-
-
-def run_forward(forward_func: Callable[..., Any], inputs: Any, additional_forward_args: Any) -> Any:
-    """Call ``forward_func`` as every Captum method does."""
-    return _run_forward(forward_func, inputs, None, additional_forward_args)
 
 
 def select_scores(output: Any, target: Any) -> Tensor:
@@ -38,9 +36,11 @@ def select_scores(output: Any, target: Any) -> Tensor:
     _check_range(output, target)
     try:
         scores: Tensor = _select_targets(output, target)
-    except (IndexError, TypeError, RuntimeError) as error:
+    except (AssertionError, IndexError, TypeError, RuntimeError) as error:
+        shown = f"of shape {tuple(target.shape)}" if isinstance(target, Tensor) else repr(target)
         raise AssertionError(
-            f"target {target!r} does not fit an output of shape {tuple(output.shape)}: {error}"
+            f"target {shown} does not fit an output of shape {tuple(output.shape)}, one int for "
+            f"all images or a list of one per image would: {error}"
         ) from error
     if scores.dim() > 0 and scores[0].numel() != 1:
         raise AssertionError(
@@ -67,7 +67,7 @@ def _check_range(output: Tensor, target: Any) -> None:
     """Refuse an index that torch would report badly: on CUDA, by killing the process."""
     single = isinstance(target, int) or (isinstance(target, Tensor) and target.numel() == 1)
     if isinstance(target, Tensor):
-        if target.is_floating_point() or target.is_complex():
+        if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
             raise AssertionError(f"target has dtype {target.dtype}: pass integers (target.long())")
         chosen = target.flatten().tolist()
     else:
@@ -85,13 +85,3 @@ def _check_range(output: Tensor, target: Any) -> None:
             f"target {wrong[0]} is out of range: the model has {count} outputs, "
             f"so targets go from 0 to {count - 1}"
         )
-
-
-def batch_size(inputs: TensorOrTensors) -> int:
-    """The number of images in Captum's ``inputs``, a tensor or a tuple of tensors."""
-    first = inputs[0] if isinstance(inputs, tuple) else inputs
-    if not isinstance(first, Tensor):
-        raise TypeError(f"inputs must be a tensor or a tuple of tensors, not {type(inputs)}")
-    if len(first) == 0:
-        raise ValueError("the batch is empty: pass at least one image")
-    return len(first)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-__all__ = ["eval_mode", "place_of"]
+__all__ = ["check_module", "eval_mode", "place_of"]
 
 
 _lock = threading.Lock()
@@ -17,27 +17,32 @@ _held: dict[nn.Module, tuple[int, bool]] = {}
 """Of every module in eval mode for a while: how many blocks hold it there, and its own mode."""
 
 
+def check_module(module: object, what: str = "the model") -> None:
+    """Refuse a function, a name or a class where a module is needed."""
+    if not isinstance(module, nn.Module):
+        kind = "a class" if isinstance(module, type) else type(module).__name__
+        raise TypeError(
+            f"{what} must be a torch.nn.Module, not {kind}: build it first, and wrap a function in "
+            "a module whose forward calls it"
+        )
+
+
 @contextmanager
 def eval_mode(module: nn.Module) -> Iterator[None]:
     """Put a module into eval mode for a while, then give every submodule its own mode back.
 
     Blocks may overlap, in one thread or in several: the last one to end gives the mode back.
-
-    Example:
-        >>> dropout = nn.Dropout()
-        >>> with eval_mode(dropout):
-        ...     dropout.training
-        False
-        >>> dropout.training
-        True
     """
-    parts = list(module.modules())
+    check_module(module)
     with _lock:
+        # What is in eval mode by itself stays there, whoever comes and goes.
+        parts = [part for part in module.modules() if part.training or part in _held]
         for part in parts:
             count, own = _held.get(part, (0, part.training))
             _held[part] = count + 1, own
     try:
-        module.eval()
+        if parts:
+            module.eval()
         yield
     finally:
         with _lock:
@@ -50,12 +55,7 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
 
 
 def place_of(module: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
-    """Device and floating dtype of a module's weights; ``None`` where it has none.
-
-    Example:
-        >>> place_of(nn.Linear(1, 1))
-        (device(type='cpu'), torch.float32)
-    """
+    """Device and floating dtype of a module's weights; ``None`` where it has none."""
     for tensor in (*module.parameters(), *module.buffers()):
         if tensor.is_floating_point():
             return tensor.device, tensor.dtype

@@ -18,20 +18,10 @@ def is_on_disk(references: object) -> bool:
 
 
 class Gallery:
-    """A memory-mapped array of embeddings ``[N, D]``.
+    """A memory-mapped array of embeddings ``[N, D]``, kept by reference, also by a deep copy.
 
-    Args:
-        array: ``np.memmap`` or ``np.load(..., mmap_mode="r")``, of a floating dtype. It is kept by
-            reference; a deep copy of the gallery shares it.
-
-    Attributes:
-        array: The array.
-        values_per_part: How many numbers :meth:`chunks` reads at a time (at least a row): bounds
-            the memory that scoring the whole gallery takes.
-
-    Raises:
-        TypeError: If the dtype is not float16, float32 or float64.
-        ValueError: If it is not ``[N, D]`` with at least one row.
+    ``values_per_part`` bounds how many numbers :meth:`chunks` reads at a time (at least a row), and
+    so the memory that scoring the whole gallery takes.
 
     Example:
         >>> import tempfile, pathlib

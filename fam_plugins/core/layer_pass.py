@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fam_plugins.core.messages import unknown_name
 
-__all__ = ["LayerPass", "LayerTensors", "find_layer", "products"]
+__all__ = ["LayerPass", "LayerTensors", "find_layer", "fits_image", "products"]
 
 T = TypeVar("T")
 LayerTensors = tuple[Tensor, ...]
@@ -26,18 +26,9 @@ LayerTensors = tuple[Tensor, ...]
 class LayerPass:
     """One forward pass that keeps what chosen layers gave, and differentiates only their tail.
 
-    Args:
-        model: The module, or the bound method or function of it, whose layers are meant.
-        layers: The layers or their names, in any order; a layer may stand there more than once.
-        at_input: Take each layer's input instead of its output.
-        zeros: Replace what the layers give by zeros: the pass then yields the constant term of
-            a score that is linear in them.
-        differentiate: Whether :meth:`gradients` will be asked for; otherwise nothing is recorded.
-
-    Attributes:
-        layers: The layers, in the order given.
-        names: Their names, for messages.
-        tracked: After :meth:`run`, what each layer gave, in the graph of the tail.
+    ``zeros`` replaces what the layers give by zeros: the pass then yields the constant term of a
+    score that is linear in them. Without ``differentiate`` nothing is recorded. After :meth:`run`,
+    ``tracked`` holds what each of ``layers`` gave, in the graph of the tail.
 
     Example:
         >>> pooled = nn.Sequential(nn.ReLU(), nn.Flatten())
@@ -69,13 +60,7 @@ class LayerPass:
         self._tracking = False
 
     def run(self, forward: Callable[[], T]) -> T:
-        """Run ``forward`` once with the layers watched; no hook survives it, even on an error.
-
-        Raises:
-            AssertionError: If a layer did not run.
-            RuntimeError: If a layer ran twice.
-            TypeError: If a layer gives something other than floating-point tensors.
-        """
+        """Run ``forward`` once with the layers watched; no hook survives it, even on an error."""
         handles: list[RemovableHandle] = []
         try:
             for layer in self._names:
@@ -99,19 +84,9 @@ class LayerPass:
     def gradients(
         self, output: Tensor, cotangents: Tensor, **grad_kwargs: Any
     ) -> list[list[Tensor]]:
-        """Differentiate weighted sums of an output with respect to what each layer gave.
+        """Differentiate sums of an output weighed by cotangents ``[c, *output.shape]``.
 
-        Args:
-            output: A tensor of the pass of :meth:`run`, of any shape.
-            cotangents: ``[c, *output.shape]``: the weights of each sum.
-            **grad_kwargs: Passed on to :func:`torch.autograd.grad`.
-
-        Returns:
-            One list per layer, of tensors ``[c, ...]`` shaped behind ``c`` like its entry in
-            :attr:`tracked`.
-
-        Raises:
-            RuntimeError: If the output does not depend on a layer.
+        Returns one list per layer, of tensors ``[c, ...]`` shaped behind ``c`` as in ``tracked``.
         """
         if not output.requires_grad:
             raise RuntimeError(_cut_off(self.names[0]))
@@ -208,13 +183,23 @@ def products(
     ]
 
 
+def fits_image(grid: Sequence[int], size: Sequence[int]) -> bool:
+    """Whether a grid of regions has the shape of the image, up to one row or column."""
+    (h, w), (height, width) = grid, size
+    return abs(h * width - w * height) <= max(height, width)
+
+
 def find_layer(model: object, layer: nn.Module | str | None) -> tuple[nn.Module, str]:
     """Resolve a layer of a model, or of a bound method's module, to the module and its name.
 
     Inside a model with an ``encoder``, names may start at the encoder. A layer given as a module
     need not be part of the model.
     """
+    if not callable(model):
+        raise TypeError(f"the model is a {type(model).__name__}, no module or function: build it")
     root = model if isinstance(model, nn.Module) else getattr(model, "__self__", None)
+    if isinstance(layer, torch.jit.ScriptModule):
+        raise TypeError("layer is scripted or traced: explain the model as it was before")
     if isinstance(layer, nn.Module):
         modules = root.named_modules() if isinstance(root, nn.Module) else iter(())
         return layer, next((n for n, m in modules if m is layer), type(layer).__name__)
@@ -230,7 +215,7 @@ def find_layer(model: object, layer: nn.Module | str | None) -> tuple[nn.Module,
     named = dict(root.named_modules())
     for name in (layer, f"encoder.{layer}"):
         if name and name in named:
-            return named[name], name
+            return find_layer(model, named[name])
     raise ValueError(unknown_name("layer", layer, [name for name in named if name]))
 
 

@@ -86,19 +86,13 @@ def map_references(
 
 
 def as_indices(indices: Any, scores: ModelScores, batch: int, per_chunk: int) -> Tensor | None:
-    """What a user gave as indices -> int64 ``[B, k]``, refused before any work if it is not.
-
-    Raises:
-        IndexError: If there is no reference of an index.
-        TypeError: If they are no integers.
-        ValueError: If they are not ``[batch, k]`` with ``k`` at least 1, or a chunk is empty.
-    """
-    if per_chunk < 1:
-        raise ValueError(f"references_per_chunk must be at least 1, not {per_chunk}")
+    """What a user gave as indices -> int64 ``[B, k]``, refused before any work if it is not."""
+    if not isinstance(per_chunk, int) or per_chunk < 1:
+        raise ValueError(f"references_per_chunk must be an int of at least 1, not {per_chunk!r}")
     if indices is None:
         return None
     try:
-        chosen = indices if isinstance(indices, Tensor) else torch.as_tensor(indices)
+        chosen = indices if isinstance(indices, Tensor) else torch.tensor(indices, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
             "indices must be a tensor, an array or a nested list of integers [B, k] with rows of "

@@ -14,13 +14,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fam_plugins.core.layer_pass import LayerPass, LayerTensors
+from fam_plugins.core.layer_pass import LayerPass, LayerTensors, fits_image
 from fam_plugins.core.messages import warn_user
 from fam_plugins.core.rules import RULES, Rule, find_rule
 from fam_plugins.core.scores import ACTIVE, Frozen, frozen_scores, full_precision
 from fam_plugins.core.transforms import Transform, transform_for
 
-__all__ = ["MapPass", "check_finite"]
+__all__ = ["MapPass", "batch_size", "check_finite"]
 
 T = TypeVar("T")
 
@@ -28,19 +28,12 @@ T = TypeVar("T")
 class MapPass:
     """One forward pass of a model under a rule, and the maps of any score of what it returns.
 
-    Args:
-        model: The module, or the bound method or function of it, that is run.
-        layers: The layers to explain, or their names.
-        rule: A rule or its name; decides whether scores are frozen.
-        transform: Rearranges what a layer gives into ``[B, C, ...]``; ``"auto"`` reads it from the
-            shapes of the pass. It gets a tuple where a layer gives several tensors.
-        at_input: Take each layer's input instead of its output.
-        regions: How many dimensions of regions a map must have; with any, one map per layer.
+    ``transform`` rearranges what a layer gives (a tuple where it gives several tensors) into
+    ``[B, C, ...]``; ``"auto"`` reads from the shapes of the pass whether that is needed. A map must
+    have ``regions`` dimensions of regions or more; with any, there is one map per layer.
 
-    Attributes:
-        rule: The rule.
-        activations: After :meth:`run`, the maps ``[B, C, ...]`` of each layer, detached.
-        scores: After :meth:`maps`, the scores that were explained, detached.
+    After :meth:`run`, ``activations`` holds the maps ``[B, C, ...]`` of each layer, detached; after
+    :meth:`maps`, ``scores`` holds what was explained.
 
     Example:
         >>> net = nn.Sequential(nn.ReLU(), nn.Flatten(), nn.Linear(4, 2))
@@ -72,18 +65,9 @@ class MapPass:
         self._noted = Frozen(freeze=self.rule.frozen)
 
     def run(self, forward: Callable[[], T], images: Any) -> T:
-        """Run the model once on images, a tensor or a tuple of tensors that starts with one.
-
-        Raises:
-            TypeError: If there are no tensors of images.
-            ValueError: If there is no image, or a layer gives no map per image; and as
-                :meth:`LayerPass.run`.
-        """
+        """Run the model once on images, a tensor or a tuple of tensors that starts with one."""
+        batch = batch_size(images)
         inputs = images if isinstance(images, tuple) else (images,)
-        if not inputs or not isinstance(inputs[0], Tensor):
-            raise TypeError(f"inputs must be a tensor or a tuple of tensors, not {type(images)}")
-        if len(inputs[0]) == 0:
-            raise ValueError("the batch is empty: pass at least one image")
         one = self._pass
         in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         cuda = torch.cuda.get_rng_state_all() if in_use else []
@@ -91,18 +75,28 @@ class MapPass:
         with self.frozen():
             output = one.run(forward)
         shape = next((tensor.shape for tensor in inputs if tensor.dim() == 4), None)
-        for index, (layer, name, tracked) in enumerate(
-            zip(one.layers, one.names, one.tracked, strict=True)
-        ):
+        for index, tracked in enumerate(one.tracked):
             given = [tensor.detach() for tensor in tracked]
             transform = None if isinstance(self._given, str) else self._given
-            if isinstance(self._given, str) and [len(part) for part in given] == [len(inputs[0])]:
-                transform = transform_for(self._model, layer, name, given[0].shape, shape)
+            if isinstance(self._given, str) and [len(part) for part in given] == [batch]:
+                transform = self._told(index, given[0].shape, shape)
             self._transforms.append(transform)
             arranged = self._arranged(index, given)
-            self._check(name, transform, arranged, len(inputs[0]))
+            self._check(one.names[index], transform, arranged, batch)
             self.activations.append(arranged)
         return output
+
+    def _told(self, index: int, given: torch.Size, images: torch.Size | None) -> Transform | None:
+        """The transform that the shapes of the pass ask for."""
+        layer = self._pass.layers[index]
+        # Most layers by far are plain [B, C, h, w]; transforms.py is for the others.
+        if images is None or (
+            len(given) == 4
+            and type(layer) is not nn.LayerNorm
+            and fits_image(given[2:], images[2:])
+        ):
+            return None
+        return transform_for(self._model, layer, self._pass.names[index], given, images)
 
     def frozen(self) -> AbstractContextManager[object]:
         """Within the block, scores are noted, and frozen if the rule asks for it."""
@@ -118,19 +112,10 @@ class MapPass:
     def maps(
         self, score: Callable[[], Tensor], *, sum_channels: bool = True, **grad_kwargs: Any
     ) -> list[LayerTensors]:
-        """Explain scores ``[B]``, computed by ``score`` from the output of :meth:`run`.
+        """Maps ``[B, 1 or C, ...]`` of each layer, finite and contiguous, of scores ``[B]``.
 
-        Args:
-            score: Every image may contribute to its own score only.
-            sum_channels: Sum over the channels, or return each channel's part.
-            **grad_kwargs: Passed on to :func:`torch.autograd.grad`.
-
-        Returns:
-            For each layer its maps ``[B, 1 or C, ...]``, finite and contiguous.
-
-        Raises:
-            RuntimeError: If the score does not depend on a layer.
-            ValueError: As :meth:`finish`.
+        ``score`` computes them from the output of :meth:`run`; every image may contribute to its
+        own score only.
         """
         with self.frozen(), torch.inference_mode(False), torch.enable_grad():
             scores = score()
@@ -141,11 +126,7 @@ class MapPass:
         return [tuple(part[:, 0] for part in parts) for parts in maps]
 
     def gradients(self, end: Tensor, cotangents: Tensor, **grad_kwargs: Any) -> list[list[Tensor]]:
-        """Cotangents ``[c, *end.shape]`` -> for each layer's maps gradients ``[B, c, C, R]``.
-
-        Raises:
-            ValueError: If the transform drops all that the score depends on.
-        """
+        """Cotangents ``[c, *end.shape]`` -> for each layer's maps gradients ``[B, c, C, R]``."""
         found = self._pass.gradients(end, cotangents, **grad_kwargs)
         return [self._columns(index, tensors) for index, tensors in enumerate(found)]
 
@@ -156,9 +137,6 @@ class MapPass:
 
         In at least float32: a sum over hundreds of channels in half precision loses what the map
         is about, the differences between regions. Then in the dtype of the layer.
-
-        Raises:
-            ValueError: If a map holds NaN, or the rule returns weights of another shape.
         """
         return [
             tuple(
@@ -196,9 +174,9 @@ class MapPass:
     def warn(self) -> None:
         """Warn of embeddings of zeros, and of the published rule with a contrast set."""
         batch = len(self.activations[0][0])
-        zero = torch.cat(self._noted.zero)[:batch] if self._noted.zero else torch.zeros(0)
-        if zero.any():
-            rows = ", ".join(map(str, zero.nonzero().flatten().tolist()))
+        zero = torch.cat(self._noted.zero)[:batch].tolist() if self._noted.zero else []
+        if any(zero):
+            rows = ", ".join(str(row) for row, none in enumerate(zero) if none)
             warn_user(
                 f"embedding row {rows} is all zero (a black or masked image?): it has no "
                 "direction, so its score is 0 and its map is zero"
@@ -260,6 +238,17 @@ class MapPass:
             maps = self.rule.apply(regions.to(wide), gradients.to(wide), sum_channels=sum_channels)
         shape = (*maps.shape[:3], *activation.shape[2:])
         return check_finite(maps.to(activation.dtype).reshape(shape).contiguous())
+
+
+def batch_size(inputs: Any) -> int:
+    """The number of images: of a tensor, or of a tuple of tensors that starts with one."""
+    first = inputs[0] if isinstance(inputs, tuple) and inputs else inputs
+    if not isinstance(first, Tensor):
+        fix = "torch.stack(images) of a list, torch.as_tensor(images) of an array"
+        raise TypeError(f"inputs must be a tensor or a tuple of tensors: {fix}")
+    if first.dim() == 0 or len(first) == 0:
+        raise ValueError("the batch is empty: pass at least one image")
+    return len(first)
 
 
 def check_finite(attribution: Tensor) -> Tensor:

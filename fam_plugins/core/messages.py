@@ -18,15 +18,11 @@ _NOT_THE_USER = ("fam_plugins", "captum", "pytorch_grad_cam", "torch", "contextl
 def unknown_name(
     kind: str, name: object, known: Iterable[str], *, aliases: Mapping[str, str] | None = None
 ) -> str:
-    """One sentence for an error message: the closest known names, and the first twelve of all.
-
-    Example:
-        >>> unknown_name("rule", "aditive", ["fam", "additive"])
-        "unknown rule 'aditive': did you mean 'additive'? There are 'fam', 'additive'"
-    """
+    """One sentence for an error message: the closest known names, and the first twelve of all."""
     names = list(known)
     also = dict(aliases or {})
-    close = difflib.get_close_matches(str(name).lower(), [*names, *also], n=3, cutoff=0.5)
+    close = [known for known in names if known.endswith(f".{name}")][:3]  # a layer further inside
+    close = close or difflib.get_close_matches(str(name).lower(), [*names, *also], n=3, cutoff=0.5)
     close = list(dict.fromkeys(also.get(found, repr(found)) for found in close))
     meant = f"did you mean {' or '.join(close)}? " if close else ""
     listed = ", ".join(map(repr, names[:12])) + (", ..." if len(names) > 12 else "")

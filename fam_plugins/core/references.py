@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 import numpy as np
@@ -11,15 +11,15 @@ from torch import Tensor, nn
 
 from fam_plugins.core.eval_mode import eval_mode, place_of
 from fam_plugins.core.messages import with_progress
-from fam_plugins.core.scores import check_embeddings, embed
+from fam_plugins.core.scores import check_embeddings, check_floats, embed
 from fam_plugins.core.similarity import Similarity, as_similarity, unit_length
 
-__all__ = ["embed_once", "gallery_mean", "prototypes", "unique_labels"]
+__all__ = ["as_tensor", "at_home", "embed_once", "gallery_mean", "listed", "prototypes"]
 
 
 def prototypes(
     embeddings: Tensor,
-    labels: Sequence[Hashable] | Tensor,
+    labels: Iterable[Hashable] | Tensor,
     similarity: str | Similarity | Callable[..., Tensor] = "cosine",
 ) -> Tensor:
     """Average the supports of each class into one reference.
@@ -46,14 +46,11 @@ def prototypes(
                 [0., 1.]])
     """
     chosen = as_similarity(similarity)
-    if not isinstance(embeddings, Tensor) or embeddings.dim() != 2 or len(embeddings) == 0:
-        given = tuple(embeddings.shape) if isinstance(embeddings, Tensor) else type(embeddings)
-        raise ValueError(f"supports must be a tensor [S, D] with at least one row, not {given}")
-    names = _listed(labels)
-    if len(names) != len(embeddings):
-        raise ValueError(
-            f"there are {len(embeddings)} supports and {len(names)} labels: give one label each"
-        )
+    check_floats(embeddings, "supports")
+    if embeddings.dim() != 2 or len(embeddings) == 0:
+        shape = tuple(embeddings.shape)
+        raise ValueError(f"supports must be a tensor [S, D] with at least one row, not {shape}")
+    names = listed(labels, len(embeddings))
     supports = embeddings.detach()
     check_embeddings(supports, what="support")
     if chosen.scale_free:
@@ -67,17 +64,26 @@ def prototypes(
     return torch.stack(rows)
 
 
-def unique_labels(labels: Sequence[Hashable] | Tensor) -> list[Any]:
+def unique_labels(labels: Iterable[Hashable]) -> list[Any]:
     """The distinct labels, sorted; in order of appearance where they cannot be sorted."""
-    distinct = list(dict.fromkeys(_listed(labels)))
+    distinct = list(dict.fromkeys(listed(labels)))
     try:
         return sorted(distinct)
     except TypeError:
         return distinct
 
 
-def _listed(labels: Sequence[Hashable] | Tensor) -> list[Any]:
-    return labels.tolist() if hasattr(labels, "tolist") else list(labels)
+def listed(labels: Iterable[Hashable] | Tensor, count: int | None = None) -> list[Any]:
+    """Labels as a list, refused where they are not one hashable value for each of ``count``."""
+    given: Any = labels.tolist() if hasattr(labels, "tolist") else labels
+    names: list[Any] = list(given) if isinstance(given, Iterable) else [given]
+    # A value that is not equal to itself is NaN.
+    if not all(isinstance(name, Hashable) and name == name for name in names):
+        fix = "of [S, 1] labels.flatten(), of one-hot labels labels.argmax(1)"
+        raise ValueError(f"labels must be one value per support, without NaN: {fix}")
+    if count is not None and len(names) != count:
+        raise ValueError(f"there are {count} supports and {len(names)} labels: give one label each")
+    return names
 
 
 def gallery_mean(
@@ -115,11 +121,14 @@ def gallery_mean(
         tensor([[0.5000, 0.5000]])
     """
     scale_free = as_similarity(similarity).scale_free
+    if isinstance(loader, (str, Tensor)) or not isinstance(loader, Iterable):
+        kind = type(loader).__name__
+        raise TypeError(f"a {kind} gives no batches: pass a DataLoader, or images.split(32)")
     total: Tensor | None = None
     count = 0
     with torch.inference_mode(False), torch.no_grad(), eval_mode(encoder):
         for batch in with_progress(loader, "averaging the gallery"):
-            found = embed(encoder, _at_home(_images(batch), encoder, "images of the loader"))
+            found = embed(encoder, at_home(_images(batch), encoder, "images of the loader"))
             check_embeddings(found, what="gallery embedding")
             # In float64 on the CPU: a million float32 summands would lose digits, and not every
             # device has float64.
@@ -144,11 +153,11 @@ def embed_once(
 
     Images are embedded in chunks, in eval mode, without gradient, with a progress bar.
     """
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, not {chunk_size}")
+    if not isinstance(chunk_size, int) or chunk_size < 1:
+        raise ValueError(f"chunk_size must be an int of at least 1, not {chunk_size!r}")
     # Outside inference mode, so that the result can take part in autograd later on.
     with torch.inference_mode(False), torch.no_grad():
-        given = _at_home(_as_tensor(images_or_embeddings, what), encoder, what)
+        given = at_home(as_tensor(images_or_embeddings, what), encoder, what)
         if given.dim() < 2:
             raise ValueError(
                 f"{what} of shape {tuple(given.shape)}: pass embeddings [N, D] or images "
@@ -169,25 +178,23 @@ def embed_once(
     return found
 
 
-def _as_tensor(values: Any, what: str) -> Tensor:
+def as_tensor(values: Any, what: str) -> Tensor:
+    """What a user gave as a tensor; refused where that loses a part of it."""
     if np.ma.isMaskedArray(values):
         raise TypeError(f"{what} are a masked array: drop the masked rows, or fill them")
     try:
-        return torch.as_tensor(values)
+        # A copy, because torch warns of arrays that cannot be written, such as memory-mapped ones.
+        return values if isinstance(values, Tensor) else torch.tensor(values, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
-            f"{what} must be a tensor or an array, not {type(values).__name__}: stack a list of "
-            "images with torch.stack(images)"
+            f"{what} must be a tensor or an array, not {type(values).__name__}: for an image "
+            "torchvision's to_tensor(image), for a list torch.stack(images)"
         ) from error
 
 
-def _at_home(given: Tensor, encoder: nn.Module, what: str) -> Tensor:
+def at_home(given: Tensor, encoder: nn.Module, what: str) -> Tensor:
     """The same values where the encoder's weights are, in their floating dtype."""
-    if not given.is_floating_point():
-        raise TypeError(
-            f"{what} are {given.dtype}: pass floating-point embeddings, or images scaled and "
-            "normalised as in training (images.float() / 255 for bytes)"
-        )
+    check_floats(given, what)
     device, dtype = place_of(encoder)
     return given.detach().to(device=device, dtype=dtype or given.dtype)
 

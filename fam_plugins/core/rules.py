@@ -45,6 +45,10 @@ class Rule:
     centred: bool = False
     adds_up: bool = False
 
+    def __post_init__(self) -> None:
+        if not callable(self.weights):
+            raise TypeError(f"rule {self.name!r} must be a function of activations and gradients")
+
     def apply(self, activations: Tensor, gradients: Tensor, *, sum_channels: bool = True) -> Tensor:
         """Activations ``[B, C, R]``, gradients ``[B, k, C, R or 1]`` -> maps ``[B, k, 1 or C, R]``.
 
@@ -54,9 +58,10 @@ class Rule:
         weights = self.weights(activations, gradients)
         batch, channels, regions = activations.shape
         wanted = (batch, gradients.shape[1], channels)
-        if tuple(weights.shape[:-1]) != wanted or weights.shape[-1] not in (1, regions):
+        shape = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
+        if shape not in ((*wanted, 1), (*wanted, regions)):
             raise ValueError(
-                f"rule {self.name!r} returns weights of shape {tuple(weights.shape)}: return "
+                f"rule {self.name!r} returns weights of shape {shape}: return "
                 f"{[*wanted, regions]} (B, k, C, R), or {[*wanted, 1]} for one weight per channel"
             )
         if not sum_channels:

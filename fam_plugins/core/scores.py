@@ -28,14 +28,10 @@ Contrast = Tensor | Literal["others"] | None
 class Frozen:
     """What a pass notes of its scores: where they were frozen, and what is to be warned of.
 
-    A second pass over the same inputs can replay them, so that both passes evaluate the very same
-    linear function. That is how the constant term of a score is measured.
-
-    Attributes:
-        points: Embeddings ``[B, D]``, detached, in the order in which they were scored.
-        freeze: Whether scores are frozen, or only noted.
-        contrasted: Whether any of the scores had a contrast set.
-        zero: ``[B]`` for every score without regard to length: which embeddings are all zero.
+    ``points`` are embeddings ``[B, D]`` in the order in which they were scored. A second pass over
+    the same inputs can replay them, so that both passes evaluate the very same linear function:
+    that is how the constant term of a score is measured. Without ``freeze`` scores are only noted:
+    whether any was ``contrasted``, and, where length does not matter, which rows are ``zero``.
     """
 
     points: list[Tensor] = field(default_factory=list)
@@ -47,7 +43,12 @@ class Frozen:
     def at(self, embeddings: Tensor) -> Tensor:
         """The embeddings to freeze at: these ones, or the remembered ones on a replay."""
         if self._replay is not None:
-            return next(self._replay)
+            point = next(self._replay, None)
+            if point is None:
+                raise RuntimeError(
+                    "there are more scores to replay than were noted: replay only once"
+                )
+            return point
         self.points.append(embeddings.detach())
         return self.points[-1]
 
@@ -125,12 +126,12 @@ def score(
     """
     chosen = similarity if isinstance(similarity, Similarity) else as_similarity(similarity)
     frozen = ACTIVE.get()
+    check_embeddings(embeddings, width=references.shape[1])
     given = torch.promote_types(embeddings.dtype, references.dtype)
     wide = torch.promote_types(given, torch.float32)
-    check_embeddings(embeddings, width=references.shape[1])
     with full_precision(embeddings.device):
         embeddings = embeddings.to(wide)
-        compare: Callable[[Tensor, Tensor], Tensor] = chosen.compare
+        compare: Callable[[Tensor, Tensor], Tensor] = chosen.scores
         if frozen is not None and chosen.scale_free and not frozen.replaying:
             frozen.zero.append((embeddings.detach() == 0).all(dim=1))
         if frozen is not None and frozen.freeze:
@@ -174,7 +175,14 @@ def embed(encoder: nn.Module, images: Tensor) -> Tensor:
     """Run an encoder and make sure that what it returns are embeddings ``[B, D]``."""
     if isinstance(images, Tensor) and images.dim() > 0 and images.shape[0] == 0:
         raise ValueError("the batch is empty: pass at least one image")
-    embeddings = encoder(images)
+    try:
+        embeddings = encoder(images)
+    except ValueError as error:  # of a batch norm, or of B, C, H, W = images.shape
+        if images.dim() != 3:
+            raise
+        raise ValueError(
+            f"the encoder refuses {tuple(images.shape)}, a single image is image[None]: {error}"
+        ) from error
     if not isinstance(embeddings, Tensor):
         raise TypeError(
             f"the encoder returns a {type(embeddings).__name__}, not a tensor: wrap it in a module "
@@ -193,10 +201,25 @@ def embed(encoder: nn.Module, images: Tensor) -> Tensor:
     return embeddings
 
 
+def check_floats(given: object, what: str) -> None:
+    """Refuse what is no tensor of floating point, such as an image of bytes."""
+    if not isinstance(given, Tensor):
+        kind = type(given).__name__
+        raise TypeError(f"{what} must be a tensor, not {kind}: torch.as_tensor(images) of an array")
+    if not given.is_floating_point():
+        raise TypeError(
+            f"{what} are {given.dtype}: pass floating-point embeddings, or images scaled and "
+            "normalised as in training (images.float() / 255 for bytes)"
+        )
+
+
 def check_embeddings(
     embeddings: Tensor, *, width: int | None = None, what: str = "embedding"
 ) -> None:
-    """Refuse embeddings ``[B, D]`` of another width, or not finite."""
+    """Refuse what is no ``[B, D]``, embeddings of another width, or not finite."""
+    if not isinstance(embeddings, Tensor) or embeddings.dim() != 2:
+        kind = tuple(embeddings.shape) if isinstance(embeddings, Tensor) else type(embeddings)
+        raise ValueError(f"{what} is {kind}, not a tensor [B, D]: a single one is z[None]")
     if width is not None and embeddings.shape[1] != width:
         raise ValueError(
             f"the {what} has {embeddings.shape[1]} values and the references have {width}: "

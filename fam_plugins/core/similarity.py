@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from fam_plugins.core.messages import unknown_name
 
@@ -47,13 +48,32 @@ class Similarity:
     scale_free: bool = False
     by_reference: bool = True
 
+    def __post_init__(self) -> None:
+        if not callable(self.compare) or not (self.linear is None or callable(self.linear)):
+            raise TypeError(f"{self.name!r} must be a function of embeddings and references")
+
+    def scores(self, embeddings: Tensor, references: Tensor) -> Tensor:
+        """The score ``[B, N]``, refused if it has another shape."""
+        return self._checked(self.compare(embeddings, references), embeddings, references)
+
+    def _checked(self, scores: Any, embeddings: Tensor, references: Tensor) -> Tensor:
+        expected = (len(embeddings), len(references))
+        if not isinstance(scores, Tensor) or tuple(scores.shape) != expected:
+            shape = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+            raise ValueError(
+                f"similarity {self.name!r} returns {shape} for {expected[0]} embeddings and "
+                f"{expected[1]} references: return scores [B, N], larger meaning more alike"
+            )
+        return scores
+
     def frozen(self, embeddings: Tensor, references: Tensor, point: Tensor) -> Tensor:
         """The score ``[B, N]`` with the gradient of its linear form, exact at ``point``."""
         if self.linear is None:
-            return self.compare(embeddings, references)
+            return self.scores(embeddings, references)
         with torch.no_grad():
-            value = self.compare(point, references)
-        return value + self.linear(embeddings - point, references, point)
+            value = self.scores(point, references)
+        change = self.linear(embeddings - point, references, point)
+        return value + self._checked(change, embeddings, references)
 
 
 def unit_length(vectors: Tensor, at: Tensor | None = None) -> Tensor:
@@ -62,12 +82,12 @@ def unit_length(vectors: Tensor, at: Tensor | None = None) -> Tensor:
     A row of zeros stays zero, with a gradient of zero.
     """
     at = vectors if at is None else at
-    # By the largest value first: squares of float32 leave its range beyond 1e-22 and 1e19.
-    largest = at.detach().abs().amax(dim=1, keepdim=True)
-    some = largest > 0
-    scale = torch.where(some, largest, torch.ones_like(largest))
-    length = torch.linalg.vector_norm(at / scale, dim=1, keepdim=True)
-    return vectors / scale / torch.where(some, length, scale) * some
+    # By the largest value first: squares of float32 leave its range beyond 1e-22 and 1e19. Divided
+    # by infinity, a row of zeros and its gradient are zero.
+    scale = at.detach().abs().amax(dim=1, keepdim=True)
+    scale = scale.masked_fill(scale == 0, float("inf"))
+    length: Tensor = torch.linalg.vector_norm(at / scale, dim=1, keepdim=True).clamp_min(1)
+    return vectors / scale / length
 
 
 def _distance(embeddings: Tensor, references: Tensor) -> Tensor:
@@ -158,34 +178,22 @@ def as_similarity(given: Any) -> Similarity:
         return find_similarity(given)
     if isinstance(given, Similarity):
         return given
+    if isinstance(given, type):
+        raise TypeError(f"similarity is the class {given.__name__}: pass an instance of it")
     if all(hasattr(given, name) for name in ("is_inverted", "normalize_embeddings", "p", "power")):
         return _from_metric_learning(given)
+    if given is F.cosine_similarity or isinstance(given, nn.CosineSimilarity):
+        return find_similarity("cosine")  # torch's compares row by row
     if callable(given):
         name = getattr(given, "__name__", type(given).__name__)
-        return Similarity(name, _Own(given).compare, None, by_reference=False)
+        return Similarity(name, given, None, by_reference=False)
     raise TypeError(
         f"similarity must be a name such as 'cosine', a Similarity, a function or a distance of "
         f"pytorch-metric-learning, not {type(given).__name__}"
     )
 
 
-# Classes rather than closures below, so that a model can be pickled.
-@dataclass(frozen=True)
-class _Own:
-    function: Callable[[Tensor, Tensor], Any]
-
-    def compare(self, embeddings: Tensor, references: Tensor) -> Tensor:
-        scores = self.function(embeddings, references)
-        expected = (len(embeddings), len(references))
-        if not isinstance(scores, Tensor) or tuple(scores.shape) != expected:
-            shape = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-            raise ValueError(
-                f"the similarity function returns {shape} for {expected[0]} embeddings and "
-                f"{expected[1]} references: return scores [B, N], larger meaning more alike"
-            )
-        return scores
-
-
+# A class rather than closures, so that a model can be pickled.
 @dataclass(frozen=True)
 class _OnUnitLength:
     inner: Similarity

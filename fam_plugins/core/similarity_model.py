@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fam_plugins.core.eval_mode import check_module
 from fam_plugins.core.gallery import Gallery, is_on_disk
-from fam_plugins.core.references import embed_once, prototypes, unique_labels
+from fam_plugins.core.references import as_tensor, embed_once, listed, prototypes, unique_labels
 from fam_plugins.core.scores import Contrast, embed, score, subtract_others
 from fam_plugins.core.similarity import Similarity, as_similarity
 
@@ -74,11 +76,7 @@ class SimilarityModel(nn.Module):
         chunk_size: int = 32,
     ) -> None:
         super().__init__()
-        if not isinstance(encoder, nn.Module):
-            raise TypeError(
-                f"encoder must be a torch.nn.Module, not {type(encoder).__name__}: wrap a function "
-                "in a module whose forward calls it"
-            )
+        check_module(encoder, "encoder")
         chosen = as_similarity(similarity)
         if isinstance(contrast, str) and contrast != "others":
             raise ValueError(f'contrast must be "others", embeddings or images, not {contrast!r}')
@@ -153,19 +151,18 @@ class SimilarityModel(nn.Module):
             (('a', 'b'), torch.Size([2, 3]))
         """
         as_similarity(similarity)
-        if len(labels) != len(images):
-            raise ValueError(
-                f"there are {len(images)} supports and {len(labels)} labels: give one label each"
-            )
-        supports = embed_once(encoder, images, "supports", chunk_size)
+        check_module(encoder, "encoder")
+        given = as_tensor(images, "supports")
+        names = listed(labels, len(given) if given.dim() else 0)
+        supports = embed_once(encoder, given, "supports", chunk_size)
         model = cls(
             encoder,
-            prototypes(supports, labels, similarity),
+            prototypes(supports, names, similarity),
             similarity=similarity,
             contrast=contrast,
             chunk_size=chunk_size,
         )
-        model.labels = tuple(unique_labels(labels))
+        model.labels = tuple(unique_labels(names))
         return model
 
     @property
@@ -207,6 +204,8 @@ class SimilarityModel(nn.Module):
             >>> model.score(torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([2, 0]))
             tensor([[3., 1.]])
         """
+        if not (rows is None or isinstance(rows, Tensor)):
+            rows = as_tensor(rows, "rows")
         if rows is not None and not self._others and self._similarity.by_reference:
             return score(self._similarity, embeddings, self._rows(rows, embeddings), self.contrast)
         scores = self._against_all(embeddings)
@@ -255,6 +254,11 @@ class SimilarityModel(nn.Module):
                 "model as it was saved"
             )
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        if f"{prefix}_extra_state" in state_dict:  # before any value is overwritten
+            self.set_extra_state(state_dict[f"{prefix}_extra_state"])
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     def extra_repr(self) -> str:
         """Show the number of references, their width, the similarity and the contrast."""
         count, width = self.references.shape
@@ -273,27 +277,35 @@ class ModelScores:
     A :class:`SimilarityModel` ends here in its embedding ``[B, D]``, from which only the wanted
     references are scored. Any other model ends in what it returns.
 
-    Args:
-        forward_func: The model, or any function of it.
-
-    Attributes:
-        forward: What to call instead of ``forward_func``; returns the end.
-        model: The similarity model, or ``None``.
+    ``pick`` selects scores ``[B]`` out of ``[B, N]`` for :meth:`select`. ``forward`` is what to
+    call instead of ``forward_func``, and returns the end; ``model`` is the similarity model, or
+    ``None``.
     """
 
-    def __init__(self, forward_func: Callable[..., Any]) -> None:
+    def __init__(
+        self,
+        forward_func: Callable[..., Any],
+        pick: Callable[[Any], Tensor] = torch.as_tensor,
+        batch: int | None = None,
+    ) -> None:
         self.model: SimilarityModel | None = None
         self.forward = forward_func
+        self._pick = pick
+        kind: Any = type(forward_func)
         # A subclass with a forward of its own may do anything with the scores.
-        own = getattr(type(forward_func), "forward", None)
-        if isinstance(forward_func, SimilarityModel) and own is SimilarityModel.forward:
+        if isinstance(forward_func, SimilarityModel) and kind.forward is SimilarityModel.forward:
             self.model = forward_func
-            self.forward = forward_func.embed
+            usual = kind.embed is SimilarityModel.embed
+            self.forward = partial(embed, forward_func.encoder) if usual else forward_func.embed
+            if batch is not None:
+                # Before any work: what no output has is refused here.
+                rows = forward_func.references
+                like = rows if isinstance(rows, Tensor) else next(forward_func.parameters(), None)
+                device = "cpu" if like is None else like.device
+                self._chosen = pick(torch.arange(len(rows), device=device).expand(batch, -1))
 
-    def select(self, end: Any, pick: Callable[[Any], Tensor]) -> Tensor:
-        """The score ``[B]`` that ``pick`` selects out of the model's scores ``[B, N]``."""
+    def select(self, end: Any) -> Tensor:
+        """The score ``[B]`` that was picked, from what :attr:`forward` returned."""
         if self.model is None:
-            return pick(end)
-        numbers = torch.arange(len(self.model.references), device=end.device)
-        chosen = pick(numbers.expand(len(end), -1))
-        return self.model.score(end, chosen).diagonal()
+            return self._pick(end)
+        return self.model.score(end, self._chosen).diagonal()

@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 from torch import Tensor, nn
 
 from fam_plugins.core.eval_mode import eval_mode
-from fam_plugins.core.layer_pass import LayerPass
+from fam_plugins.core.layer_pass import LayerPass, fits_image
 
 __all__ = [
     "Transform",
@@ -59,17 +60,18 @@ class tokens_to_map:  # noqa: N801
     skip: int = 1
 
     def __post_init__(self) -> None:
-        if self.h < 1 or self.w < 1 or self.skip < 0:
+        whole = all(isinstance(size, Integral) for size in (self.h, self.w, self.skip))
+        if not whole or self.h < 1 or self.w < 1 or self.skip < 0:
             raise ValueError(
-                f"{self} is no grid of patches: h and w are at least 1 and skip at least 0, "
+                f"{self} is no grid of patches: h and w are ints of at least 1 and skip of 0, "
                 "such as tokens_to_map(14, 14, skip=1) for 224 pixels and patches of 16"
             )
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """Tokens ``[B, skip + h * w, C]`` -> map ``[B, C, h, w]``."""
-        if tokens.dim() != 3:
+        if not isinstance(tokens, Tensor) or tokens.dim() != 3:
             raise ValueError(
-                f"{self} takes tokens [B, T, C] and the layer gives {tuple(tokens.shape)}: "
+                f"{self} takes tokens [B, T, C] and the layer gives {_described(tokens)}: "
                 "channels_last_to_map is for [B, h, w, C], and [B, C, h, w] needs no transform"
             )
         if tokens.shape[1] != self.skip + self.h * self.w:
@@ -93,10 +95,10 @@ def channels_last_to_map(activation: Tensor) -> Tensor:
         >>> channels_last_to_map(torch.rand(2, 7, 7, 768)).shape
         torch.Size([2, 768, 7, 7])
     """
-    if activation.dim() != 4:
+    if not isinstance(activation, Tensor) or activation.dim() != 4:
         raise ValueError(
             f"channels_last_to_map takes [B, h, w, C] and the layer gives "
-            f"{tuple(activation.shape)}: tokens [B, T, C] need tokens_to_map(h, w, skip=1)"
+            f"{_described(activation)}: tokens [B, T, C] need tokens_to_map(h, w, skip=1)"
         )
     return activation.permute(0, 3, 1, 2)
 
@@ -136,6 +138,10 @@ def infer_transform(
         >>> infer_transform(vit, "encoder", torch.rand(1, 3, 32, 32))
         tokens_to_map(h=4, w=4, skip=1)
     """
+    seen = example_input.shape if isinstance(example_input, Tensor) else ()
+    if len(seen) == 3 or 0 in (len(seen), *seen):
+        given = _described(example_input)
+        raise TypeError(f"example_input is {given}, not a tensor of images: of one, image[None]")
     one = LayerPass(model, [layer], differentiate=False)
     with eval_mode(model):
         one.run(lambda: model(example_input))
@@ -149,7 +155,8 @@ def infer_transform(
 
 def check_transform(transform: object) -> None:
     """Refuse a ``reshape_transform`` that is neither callable, nor ``"auto"``, nor ``None``."""
-    if transform is None or transform == "auto" or callable(transform):
+    called = callable(transform) and not isinstance(transform, type)
+    if transform is None or called or (isinstance(transform, str) and transform == "auto"):
         return
     kind = ValueError if isinstance(transform, str) else TypeError
     raise kind(
@@ -175,12 +182,13 @@ def transform_for(
     size = tuple(images[2:])
     if len(given) == 3:
         return _for_tokens(model, layer, name, given[1], size)
-    first, last = _is_grid(given[2:], size), _is_grid(given[1:3], size)
-    second = _puts_channels_second(layer, given)
-    if last and not second and (not first or type(layer) is nn.LayerNorm):
-        return channels_last_to_map
-    if first or second:
+    first, last = fits_image(given[2:], size), fits_image(given[1:3], size)
+    if first and not (last and type(layer) is nn.LayerNorm):
         return None
+    if _puts_channels_second(layer, given):
+        return None
+    if last:
+        return channels_last_to_map
     raise ValueError(
         f"layer {name!r} gives {tuple(given)} for images of {size[0]} x {size[1]} pixels, and no "
         "end of it looks like their grid: pass reshape_transform=channels_last_to_map for "
@@ -194,12 +202,6 @@ def _puts_channels_second(layer: nn.Module, given: Sequence[int]) -> bool:
     widths = {m.out_channels for m in layer.modules() if isinstance(m, convolutions)}
     widths |= {m.num_features for m in layer.modules() if isinstance(m, nn.BatchNorm2d)}
     return given[1] in widths and given[3] not in widths
-
-
-def _is_grid(grid: Sequence[int], size: Sequence[int]) -> bool:
-    """Whether a grid has the shape of the image, up to one row or column."""
-    (h, w), (height, width) = grid, size
-    return abs(h * width - w * height) <= max(height, width)
 
 
 def _for_tokens(
@@ -247,6 +249,11 @@ def _grids(owner: nn.Module, size: tuple[int, ...]) -> Iterator[tuple[tuple[int,
     if patch is not None and image is not None:  # torchvision
         token = isinstance(getattr(owner, "class_token", None), Tensor)
         yield (image[0] // patch[0], image[1] // patch[1]), int(token)
+
+
+def _described(given: Any) -> Any:
+    """The shape of a tensor; what anything else is."""
+    return tuple(given.shape) if isinstance(given, Tensor) else f"a {type(given).__name__}"
 
 
 def _pair(value: object) -> tuple[int, int] | None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fam_plugins.core.eval_mode import eval_mode, place_of
 from fam_plugins.core.maps import check_finite
+from fam_plugins.core.scores import check_floats
 
 __all__ = ["OnePassCAM", "Target", "to_numpy"]
 
@@ -27,16 +28,9 @@ class OnePassCAM(BaseCAM):
     and copies every activation to the host. Here hooks live only while the model runs, modes and
     gradients stay as they were, and only the finished map leaves the device.
 
-    Args:
-        model: The model to explain.
-        target_layers: The layers whose maps are averaged.
-        reshape_transform: Rearranges what a layer gives into ``[B, C, h, w]``.
-
-    Attributes:
-        attributions: After a call, the maps before ReLU and scaling: one tensor ``[B, 1, h, w]``
-            per target layer, on the layer's device; ``None`` after ``aug_smooth``, whose result is
-            an average over six passes.
-        outputs: After a call, what the model returned, detached.
+    After a call, ``attributions`` holds the maps before ReLU and scaling, one tensor
+    ``[B, 1, h, w]`` per target layer (``None`` after ``aug_smooth``, whose result is an average
+    over six passes), and ``outputs`` what the model returned, detached.
     """
 
     def __init__(
@@ -108,6 +102,8 @@ class OnePassCAM(BaseCAM):
         Warns:
             UserWarning: If rule ``"fam"`` meets a contrast set.
         """
+        check_images(input_tensor)
+        _check_targets(targets, len(input_tensor))
         if aug_smooth and input_tensor.dim() != 4:
             raise ValueError("aug_smooth flips images [B, C, H, W]; for volumes leave it out")
         cams: np.ndarray = super().__call__(input_tensor, targets, aug_smooth, eigen_smooth)
@@ -122,8 +118,6 @@ class OnePassCAM(BaseCAM):
         eigen_smooth: bool = False,
     ) -> np.ndarray:
         """Explain a batch without augmentation; see :meth:`__call__`."""
-        check_images(input_tensor)
-        _check_targets(targets, len(input_tensor))
         if self.device is not None:
             input_tensor = input_tensor.to(self.device)
         outputs = self.activations_and_grads(input_tensor)
@@ -194,12 +188,7 @@ def to_numpy(tensor: Tensor) -> np.ndarray:
 
 def check_images(images: Tensor) -> None:
     """Refuse what is no batch of images or volumes."""
-    if not isinstance(images, Tensor) or not images.is_floating_point():
-        kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
-        raise TypeError(
-            f"input_tensor is {kind}: pass a floating-point tensor, scaled and normalised as in "
-            "training (torch.as_tensor(images).float() / 255 for bytes)"
-        )
+    check_floats(images, "input_tensor")
     if images.dim() not in (4, 5):
         raise ValueError(
             f"input_tensor has shape {tuple(images.shape)}: pass images [B, C, H, W] or "
@@ -210,6 +199,9 @@ def check_images(images: Tensor) -> None:
 def _check_targets(targets: Sequence[object] | None, count: int) -> None:
     if targets is None:
         return
+    if not isinstance(targets, (Sequence, np.ndarray, Tensor)):
+        kind = type(targets).__name__
+        raise TypeError(f"targets is a {kind}: pass a list, [target] * len(input_tensor)")
     if len(targets) != count:
         raise ValueError(
             f"there are {len(targets)} targets for {count} images: pass one target per image, such "

@@ -52,6 +52,8 @@ class CAPE(OnePassCAM):
         *,
         relative: bool = False,
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, not a {type(model).__name__}")
         if not isinstance(target_layers, (list, tuple, type(None))):
             raise TypeError(f"target_layers must be a list or None, not {target_layers!r}")
         if reshape_transform is not None:
@@ -91,6 +93,6 @@ def _class_of(target: Any, count: int) -> int:
     if chosen is None or isinstance(target, BinaryClassifierOutputTarget):
         fix = "names none: pass ClassifierOutputTarget(class_index)"
         raise ValueError(f"CAPE explains the probability of a class, and {target!r} {fix}")
-    if not 0 <= int(chosen) < count:
+    if chosen not in range(count):
         raise ValueError(f"class {chosen}: the CAPE head has {count} classes, 0 to {count - 1}")
     return int(chosen)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 from pytorch_grad_cam.utils.svd_on_activations import get_2d_projection
 from torch import Tensor, nn
 
-from fam_plugins.core.eval_mode import eval_mode
+from fam_plugins.core.eval_mode import check_module, eval_mode
 from fam_plugins.core.layer_pass import find_layer
 from fam_plugins.core.many import as_indices, map_references
 from fam_plugins.core.maps import MapPass
@@ -78,8 +78,8 @@ class FAM(OnePassCAM):
         rule: str | Rule | None = None,
     ) -> None:
         self.rule: str | Rule = choose_rule(rule)
-        if reshape_transform != "auto":
-            check_transform(reshape_transform)
+        check_transform(reshape_transform)
+        check_module(model)
         if not isinstance(target_layers, (list, tuple)):
             raise TypeError(
                 f"target_layers must be a list of layers, such as [model.layer4], not "
@@ -162,9 +162,11 @@ class FAM(OnePassCAM):
 
 def _scores(outputs: Any, targets: Sequence[Target]) -> Tensor:
     """The score that each target returns for its image, ``[B]``."""
-    if isinstance(outputs, Mapping):
+    mapping = isinstance(outputs, Mapping)
+    if mapping or not isinstance(outputs, Collection) or len(outputs) != len(targets):
+        fields = f" of {', '.join(map(str, outputs))}" if mapping else ""
         raise TypeError(
-            f"the model returns a {type(outputs).__name__} of {', '.join(map(str, outputs))}: wrap "
+            f"the model returns a {type(outputs).__name__}{fields}, not one output per image: wrap "
             "it in a module whose forward picks one tensor out of it"
         )
     scores = []

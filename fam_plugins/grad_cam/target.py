@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fam_plugins.core.scores import check_embeddings, score
+from fam_plugins.core.references import as_tensor
+from fam_plugins.core.scores import check_embeddings, check_floats, score
 from fam_plugins.core.similarity import Similarity, as_similarity
 
 __all__ = ["SimilarityTarget"]
@@ -50,7 +51,7 @@ class SimilarityTarget:
         self.reference = _rows(reference, "reference")
         if len(self.reference) != 1:
             raise ValueError(
-                f"reference has shape {tuple(reference.shape)}: pass one embedding [D]; average "
+                f"there are {len(self.reference)} references: pass one embedding [D]; average "
                 "several shots with fam_plugins.prototypes first"
             )
         width = self.reference.shape[1]
@@ -83,9 +84,10 @@ class SimilarityTarget:
 def _rows(embeddings: Any, what: str, width: int | None = None) -> Tensor:
     """Embeddings ``[D]`` or ``[M, D]``, copied, as ``[M, D]``."""
     with torch.inference_mode(False):
-        rows = torch.as_tensor(embeddings).detach().clone()
+        rows = as_tensor(embeddings, what).detach().clone()
     if rows.dim() == 1:
         rows = rows[None]
+    check_floats(rows, what)
     if rows.dim() != 2 or rows.numel() == 0:
         raise ValueError(
             f"{what} has shape {tuple(rows.shape)}: pass embeddings [D] or [M, D]; embed images "

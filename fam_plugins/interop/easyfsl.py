@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fam_plugins.core.eval_mode import check_module
 from fam_plugins.core.scores import Contrast
 from fam_plugins.core.similarity import Similarity, find_similarity, on_unit_length
 from fam_plugins.core.similarity_model import SimilarityModel
@@ -57,12 +58,14 @@ def from_easyfsl(classifier: nn.Module, *, contrast: Contrast = None) -> Similar
 
 def _prototypes(classifier: Any) -> Tensor:
     """Return the prototypes ``[N, D]``, and refuse classifiers without a score for each."""
+    check_module(classifier, "classifier")
     kind = type(classifier).__name__
     parts = "backbone", "prototypes", "feature_centering", "feature_normalization", "use_softmax"
-    for name in ("forward", *parts):
+    for name in parts:
         if not hasattr(classifier, name):
             raise TypeError(f"{kind} has no {name}: pass easyfsl's, PrototypicalNetworks(backbone)")
-    rows = classifier.prototypes if isinstance(classifier.prototypes, Tensor) else torch.empty(0)
+    rows = classifier.prototypes
+    rows = rows if isinstance(rows, Tensor) else torch.empty(0, device="cpu")
     obstacles = {
         "is transductive: a score depends on the other queries, so it is no similarity to a "
         "prototype": getattr(classifier, "is_transductive", bool)(),
@@ -94,7 +97,7 @@ def _candidates(power: Any) -> list[tuple[Similarity, float | None]]:
 def _scores_alike(classifier: Any, rows: Tensor, similarity: Similarity, power: Any) -> bool:
     """Compare scores of made-up features with those that the classifier gives: ``[9, N]``."""
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(9, rows.shape[1], generator=generator).to(rows)
+    noise = torch.randn(9, rows.shape[1], generator=generator, device="cpu").to(rows)
     features = noise * rows.abs().mean() + rows.mean(dim=0)
     # A shallow copy of it that takes features for images; the classifier itself is not touched.
     alike = copy.copy(classifier)

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from fam_plugins.cape.head import CapeHead
-from fam_plugins.core.eval_mode import place_of
+from fam_plugins.core.eval_mode import check_module
 from fam_plugins.core.layer_pass import find_layer
 from fam_plugins.core.maps import check_finite
+from fam_plugins.core.references import as_tensor, at_home
 from fam_plugins.core.similarity_model import SimilarityModel
 
 __all__ = ["for_captum", "for_grad_cam", "for_quantus", "for_torchcam", "quantus_problems"]
@@ -44,8 +45,11 @@ def for_captum(attribution: Any, *, interpolate_mode: str = "bilinear") -> Calla
         >>> explain(torch.rand(2, 3, 4, 4), target=1)[0].shape
         torch.Size([2, 3, 4, 4])
     """
+    _check_attribution(attribution)
 
     def explain(inputs: Any, **arguments: Any) -> tuple[Tensor]:
+        if isinstance(inputs, tuple) and len(inputs) != 1:
+            raise ValueError(f"inputs has {len(inputs)} tensors: pass one tensor of images")
         images = inputs[0] if isinstance(inputs, tuple) else inputs
         maps = _at_size(attribution.attribute(images, **arguments), images, interpolate_mode)
         return (maps.expand_as(images).contiguous(),)
@@ -73,6 +77,9 @@ def for_grad_cam(maps: Tensor, size: tuple[int, int]) -> np.ndarray:
     """
     from pytorch_grad_cam.utils.image import scale_cam_image
 
+    sides = size if isinstance(size, (tuple, list)) else ()
+    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+        raise ValueError("size must be (height, width), ints such as images.shape[2:]")
     positive = _check_varied(_check_map(maps).clamp_min(0))[:, 0].float().cpu().numpy()
     return np.asarray(scale_cam_image(scale_cam_image(positive, tuple(size)[::-1])))
 
@@ -102,12 +109,16 @@ def for_quantus(
         >>> explain(model, np.random.rand(2, 3, 4, 4), np.array([0, 1])).shape
         (2, 1, 4, 4)
     """
+    if not isinstance(method, type) and not (callable(method) and not hasattr(method, "model")):
+        raise TypeError(f"method must be a class such as LayerFam, not {type(method).__name__}")
 
     def explain(model: nn.Module, inputs: Any, targets: Any, **_ignored: Any) -> np.ndarray:
         _check_scores(model, classifier)
-        device, dtype = place_of(model)
-        images = torch.as_tensor(inputs).to(device=device, dtype=dtype or torch.float32)
-        classes = torch.as_tensor(targets).to(device=device).long().reshape(-1)
+        images = at_home(as_tensor(inputs, "inputs"), model, "inputs")
+        classes = as_tensor(targets, "targets").to(images.device).reshape(-1)
+        if classes.is_floating_point() or classes.is_complex() or classes.dtype == torch.bool:
+            raise TypeError(f"targets have dtype {classes.dtype}: pass integers [B]")
+        classes = classes.long()
         module, _ = find_layer(model, layer)
         if hasattr(method, "get_cam_image"):  # pytorch-grad-cam
             from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
@@ -147,7 +158,8 @@ def for_torchcam(attribution: Any, *, classifier: bool = False) -> _Extractor:
         ...     extractor([0, 1], scores)[0].shape
         torch.Size([2, 4, 4])
     """
-    if not isinstance(attribution.forward_func, nn.Module):
+    _check_attribution(attribution)
+    if not isinstance(getattr(attribution, "forward_func", None), nn.Module):
         raise TypeError("torchcam's metrics run the model themselves: explain a module")
     _check_scores(attribution.forward_func, classifier)
     return _Extractor(attribution)
@@ -185,6 +197,8 @@ class _Extractor(AbstractContextManager["_Extractor"]):
             raise ValueError("pass class_idx: a layer attribution explains classes, not targets")
         if self._images is None:
             raise RuntimeError("run extractor.model(images) before asking for their maps")
+        if class_idx is None and not isinstance(scores, Tensor):
+            raise TypeError("pass class_idx, or scores [B, N] whose highest is explained")
         chosen = scores.argmax(dim=-1).tolist() if class_idx is None else class_idx
         with self._hooks_off():
             maps = self._attribute(self._images, target=chosen)
@@ -213,6 +227,7 @@ class _Extractor(AbstractContextManager["_Extractor"]):
 
 def _check_scores(model: nn.Module, classifier: bool) -> None:
     """Refuse what may be a bare encoder, whose "classes" are embedding dimensions."""
+    check_module(model)
     known = [part for part in model.modules() if isinstance(part, (SimilarityModel, CapeHead))]
     if not known and not classifier:
         raise ValueError(
@@ -224,11 +239,18 @@ def _check_scores(model: nn.Module, classifier: bool) -> None:
         warnings.warn(reason, stacklevel=3)
 
 
+def _check_attribution(given: Any) -> None:
+    """Refuse a model, a class or a function where an attribution is needed."""
+    if isinstance(given, type) or not hasattr(given, "attribute"):
+        raise TypeError("attribution must be an object, such as LayerFam(model, layer)")
+
+
 def _check_map(maps: Tensor, dim: int = 4) -> Tensor:
     """Return maps ``[B, 1, h, w]`` detached, and refuse NaN and one map per channel."""
-    if maps.dim() != dim or maps.shape[1] != 1:
+    if not isinstance(maps, Tensor) or maps.dim() != dim or maps.shape[1] != 1 or not len(maps):
+        shape = tuple(maps.shape) if isinstance(maps, Tensor) else type(maps).__name__
         raise ValueError(
-            f"maps have shape {tuple(maps.shape)}, not [B, 1, h, w]: explain a convolutional layer "
+            f"maps have shape {shape}, not [B, 1, h, w]: explain a convolutional layer "
             "and sum the channels"
         )
     return check_finite(maps.detach())

@@ -2,6 +2,10 @@
 
     python tests/benchmarks/cape_head.py                  # two minutes on one core, 4 GiB
     python tests/benchmarks/cape_head.py --device cuda
+    python tests/benchmarks/cape_head.py --quick          # seconds: one setting
+
+It fails where both sides disagree, or where the head's memory comes near to the formula's. Times
+are printed and not judged.
 
 Both sides get the same tensors and compute the same numbers: the maps (forward), or the
 distillation loss and its gradients for all parameters of the head (forward + backward). The direct
@@ -145,6 +149,7 @@ def main():
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--channels", type=int, default=2048, help="2048 is ResNet-50's")
+    parser.add_argument("--quick", action="store_true", help="one setting, few channels")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     options = parser.parse_args()
     device = torch.device(options.device)
@@ -155,6 +160,9 @@ def main():
         print(peak_here(side, tuple(setting), bool(training), device))
         return
 
+    all_classes, sides = ((200,), (14,)) if options.quick else ((200, 1000), (7, 14))
+    if options.quick:
+        options.channels = 256
     print(
         f"torch {torch.__version__}, {device}, {torch.get_num_threads()} thread(s), float32, "
         f"batch {options.batch}, {options.channels} channels\n"
@@ -164,8 +172,8 @@ def main():
         "| times less | largest relative difference |"
     )
     print("|---" * 10 + "|")
-    for classes in (200, 1000):
-        for side in (7, 14):
+    for classes in all_classes:
+        for side in sides:
             for training in (False, True):
                 setting = (classes, side, options.batch, options.channels)
                 seconds, gap = best_times(setting, training, device)
@@ -179,6 +187,10 @@ def main():
                     f"| {held['direct'] / held['ours']:.0f} | {gap:.0e} |",
                     flush=True,
                 )
+                assert gap < 1e-2, f"the head is {gap:.0e} away from the published formula"
+                # No number where the system does not count memory.
+                less = held["direct"] / held["ours"]
+                assert not less < 4, f"the head needs only {less:.1f} times less memory"
 
 
 if __name__ == "__main__":

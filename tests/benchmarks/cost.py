@@ -4,7 +4,11 @@ Everything is measured in one run, interleaved, so that the ratios hold on a bus
 the median over rounds. Memory is the peak that torch's allocator reaches during one call: on CUDA
 as torch counts it, on the CPU by summing the allocations and releases that torch's profiler saw.
 
-    python -m tests.benchmarks.cost
+    python -m tests.benchmarks.cost            # two minutes on two cores
+    python -m tests.benchmarks.cost --quick    # seconds: small images, two rounds
+
+Either way it fails where an explanation holds much more memory than a forward pass: that is what
+replaces the graph of the partners' backward pass. Times are printed and not judged.
 """
 
 from __future__ import annotations
@@ -67,7 +71,10 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--quick", action="store_true", help="small images, two rounds")
     args = parser.parse_args()
+    if args.quick:
+        args.batch, args.size, args.rounds = 2, 128, 2
 
     torch.manual_seed(0)
     net = torchvision.models.resnet50().eval().to(args.device)
@@ -119,6 +126,17 @@ def main() -> None:
             f"| {name} | {median(times[name]):.0f} | {ratio:.2f} | {memory[name] / 2**20:.1f} | "
             f"{memory[name] / memory[first]:.3f} |"
         )
+    for name, most in {
+        "LayerFam": 1.2,
+        "FAM": 1.2,
+        "LayerFam, with convergence delta": 1.5,
+    }.items():
+        found = memory[name] / memory[first]
+        assert found <= most, f"{name} holds {found:.2f} x the memory of a forward pass"
+    for name in ("Captum's LayerGradCam", "pytorch-grad-cam's GradCAM"):
+        # Were the partners' as low, the measurement would be blind.
+        found = memory[name] / memory["LayerFam"]
+        assert found > 1.5, f"{name} holds only {found:.2f} x the memory of LayerFam"
 
 
 if __name__ == "__main__":

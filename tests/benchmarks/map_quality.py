@@ -6,6 +6,11 @@ every network; ``--redraw`` makes tables and picture of what is there.
 
     python -m tests.benchmarks.map_quality --out out
 
+In a minute, with fewer and worse trained networks, and fails where a contrast set no longer finds
+the match or CAPE no longer tells two classes apart:
+
+    python -m tests.benchmarks.map_quality --quick --out out
+
 On images of your own (CUB, ImageNet, ...), similarity part only:
 
     python -m tests.benchmarks.map_quality --image-folder DIR --arch resnet50 --weights DEFAULT
@@ -59,6 +64,8 @@ def main(arguments: list[str] | None = None) -> None:
         joblib.dump(found, options.out / VALUES)
     _write(options, *found)
     print(f"wrote {options.out / 'map_quality.md'} and {options.out / 'map_quality.png'}")
+    if options.quick:
+        _check(similarity, cape)
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
@@ -80,7 +87,38 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--size", type=int, default=224, help="pixels of one image of the folder")
     parser.add_argument("--similarity", type=check_similarity, default="cosine")
     parser.add_argument("--redraw", action="store_true", help="only the table and the picture")
-    return parser.parse_args(arguments)
+    parser.add_argument("--quick", action="store_true", help="one seed, few images, and a check")
+    options = parser.parse_args(arguments)
+    if options.quick:
+        options.seeds, options.jobs, options.mosaics, options.singles = [0], 1, 12, 2
+        options.steps, options.randomised, options.timed = 4, 1, 1
+        options.train_steps, options.epochs = 100, 5
+    return options
+
+
+def _check(similarity: Measured, cape: dict[int, tuple[str, report.Rows, report.Rows]]) -> None:
+    """What the tables are there to show, with margins for few images and short training."""
+
+    def mean(rows: report.Rows, label: str, column: str) -> float:
+        return float(np.nanmean(rows[label][column]))
+
+    for kind, by_seed in similarity.items():
+        for _, rows in by_seed.values():
+            fam, centred = (
+                mean(rows, label, "energy")
+                for label in ("rule fam", "rule centred, contrast others")
+            )
+            assert centred > 0.45, f"{kind}: only {centred:.2f} of the energy is on the match"
+            assert centred > fam + 0.1, f"{kind}: centred {centred:.2f}, fam {fam:.2f}"
+            worst = mean(rows, "rule centred, contrast others", "mosaic contrastive deletion")
+            least = mean(rows, "random", "mosaic contrastive deletion")
+            assert worst < least, f"{kind}: deletion {worst:.3f}, in random order {least:.3f}"
+    for _, own, _ in cape.values():
+        ours, theirs = (mean(own, label, "top-2 overlap") for label in ("CAPE", "Grad-CAM"))
+        assert ours < theirs, f"CAPE's maps of two classes overlap by {ours:.2f}, {theirs:.2f}"
+        # A map and its negative differ in how much of the image they cover.
+        covered = mean(own, "CAPE", "complexity")
+        assert covered < 0.5, f"CAPE's map of the top class covers {covered:.2f} of the image"
 
 
 def _heads(options: argparse.Namespace) -> tuple[bool, ...]:

@@ -4,7 +4,11 @@ ResNet-18 with and without a projection head. Everything is measured in one run,
 that the ratios hold on a busy machine; time is the median over rounds. Captum's LayerGradCam has
 no form for many targets: it is looped over a few of them and multiplied up, which the table says.
 
-    python -m tests.benchmarks.retrieval
+    python -m tests.benchmarks.retrieval            # two minutes on two cores
+    python -m tests.benchmarks.retrieval --quick    # seconds: small images, few references
+
+Either way it fails where maps behind pooling need a second forward pass, or much more memory than
+one. Times are printed and not judged.
 """
 
 from __future__ import annotations
@@ -32,7 +36,10 @@ def main() -> None:
     parser.add_argument("--references", type=int, default=256)
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--quick", action="store_true", help="small images, few references")
     args = parser.parse_args()
+    if args.quick:
+        args.batch, args.references, args.size, args.rounds = 4, 32, 96, 2
 
     torch.manual_seed(0)
     images = torch.randn(args.batch, 3, args.size, args.size, device=args.device)
@@ -74,6 +81,10 @@ def main() -> None:
             spent = milliseconds(call, args.device)
             times[name].append(spent * (args.references / LOOPED if call is loop else 1))
     memory = {name: peak_memory(call, args.device) for name, call in calls.items()}
+    passes: list[int] = []
+    counter = pooled.encoder.layer4.register_forward_hook(lambda *_: passes.append(1))
+    LayerFam(pooled, pooled.encoder.layer4, rule="centred").attribute_references(images)
+    counter.remove()
 
     where = (
         torch.cuda.get_device_name()
@@ -89,6 +100,11 @@ def main() -> None:
     for name in calls:
         ratio = median(t / b for t, b in zip(times[name], times[first], strict=True))
         print(f"| {name} | {median(times[name]):.0f} | {ratio:.2f} | {memory[name] / 2**20:.1f} |")
+    assert len(passes) == 1, f"{len(passes)} forward passes for {args.references} references"
+    for name in ("pooled embedding", "linear projection"):
+        for rule in ("fam", "centred"):
+            found = memory[f'{name}, rule "{rule}"'] / memory[first]
+            assert found <= 1.5, f"{name}, {rule}: {found:.2f} x the memory of a forward pass"
 
 
 if __name__ == "__main__":

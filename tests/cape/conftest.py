@@ -1,3 +1,5 @@
+from contextlib import contextmanager
+
 import pytest
 import torch
 from torch import nn
@@ -43,6 +45,16 @@ def batches():
         )
         for n in sizes
     ]
+
+
+@contextmanager
+def default_device(name):
+    """As after torch.set_default_device(name); the meta device stands for a GPU's."""
+    torch.set_default_device(name)
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
 
 
 def state_of(model):

@@ -6,7 +6,7 @@ import torch
 from fam_plugins.cape import fit_cape_head
 from fam_plugins.cape.batches import FeatureCache
 
-from .conftest import QUIET, assert_unchanged, state_of
+from .conftest import QUIET, assert_unchanged, default_device, state_of
 
 
 def test_the_cache_serves_every_image_once_per_epoch(model, batches):
@@ -31,6 +31,15 @@ def test_the_cache_is_shuffled_anew_every_epoch():
     assert orders[0] != orders[1] == orders[2]
 
 
+def test_the_cache_is_shuffled_alike_under_another_default_device():
+    features, logits = torch.arange(10.0).reshape(10, 1, 1, 1), torch.arange(10.0)[:, None]
+    cache = FeatureCache([(features, logits)])
+    ((expected, _),) = cache.shuffled(3)
+    with default_device("meta"):
+        ((found, _),) = cache.shuffled(3)
+    assert torch.equal(found, expected)
+
+
 def test_loaders_of_images_alone_and_other_dtypes(model, batches):
     fit_cape_head(model, [images.double() for images, _ in batches], epochs=1, **QUIET)
     fit_cape_head(model, [[images, y, "name"] for images, y in batches], epochs=1, **QUIET)
@@ -51,7 +60,11 @@ nan_images[2, 0, 1, 1] = float("nan")
         ([images[:0]], ValueError, "DataLoader"),
         ([images.expand(4, 3, 6, 6)], ValueError, "did not accept images of shape"),
         ([images.to(torch.uint8)], TypeError, r"images\.float\(\) / 255"),
-        ([{"image": images}], TypeError, r"yield images or \(images, labels\)"),
+        (
+            [{"image": images}],
+            TypeError,
+            r"a dict: .*labels\), as \[\(b\['image'\], b\['label'\]\) for b in",
+        ),
         ([()], TypeError, "yield images"),
         ([images, torch.randn(4, 1, 8, 8)], ValueError, "cannot share a cache"),
     ],

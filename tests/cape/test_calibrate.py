@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from fam_plugins.cape import calibrate_temperature, cape_loss, fit_cape_head, with_cape_head
+from fam_plugins.cape.calibrate import _best_shift
 
 from .conftest import small_network
 
@@ -117,6 +118,28 @@ def test_the_likelihood_never_falls(dtype, seed):
     assert F.nll_loss(log_p, labels).item() == pytest.approx(report.nll_after, abs=1e-6)
 
 
+def test_the_deeper_of_two_valleys_is_found():
+    """A mixture's likelihood may have several; three points would see the shallow one alone."""
+
+    def nll(d):
+        return 2 - math.exp(-((d + 1.2) ** 2)) - 1.5 * math.exp(-20 * (d - 2.6) ** 2)
+
+    assert _best_shift(nll, -5.0, 5.0) == pytest.approx(2.6, abs=1e-3)
+
+
+def test_no_shift_is_tried_too():
+    """A grid of its own need not hold 0, and the likelihood must not fall."""
+    tried = []
+    assert _best_shift(lambda d: tried.append(d) or float(d != 0), -1.0, 7.0) == 0
+    assert 0.0 in tried
+
+
+def test_a_likelihood_that_rises_to_the_bound_reaches_it():
+    for low, high, best in ((-5.0, 5.0, 5.0), (-5.0, 5.0, -5.0), (-1.0, 7.0, 7.0)):
+        with pytest.warns(UserWarning, match=rf"\{best:+.3f}, lies at the bound"):
+            assert _best_shift(lambda d, best=best: abs(d - best), low, high) == best
+
+
 def test_a_second_calibration_changes_nothing(model, labelled):
     calibrate_temperature(model, labelled)
     again = calibrate_temperature(model, labelled)
@@ -142,11 +165,20 @@ def test_modes_flags_and_gradients_stay(model, labelled):
 
 
 def test_the_report_reads_well(model, labelled):
-    text = str(calibrate_temperature(model, labelled))
-    assert "vanilla head" in text
-    assert "NLL" in text
-    assert f"{len(labelled[0][0])}" in text
-    assert all(math.isfinite(float(word)) for word in text.split()[-2:])
+    report = calibrate_temperature(model, labelled)
+    first, names, *rows = str(report).splitlines()
+    count = sum(len(labels) for _, labels in labelled)
+    assert first == f"temperature shift {report.shift:+.4f}, fitted on {count} held-out images"
+    assert report.images == count
+    assert names.split() == ["NLL", "ECE"]
+    expected = [
+        ("CAPE before", report.nll_before, report.ece_before),
+        ("CAPE after", report.nll_after, report.ece_after),
+        ("vanilla head", report.nll_vanilla, report.ece_vanilla),
+    ]
+    for row, (name, nll, ece) in zip(rows, expected, strict=True):
+        assert row.startswith(name)
+        assert [float(word) for word in row.split()[-2:]] == pytest.approx([nll, ece], abs=6e-5)
 
 
 images, labels = torch.randn(4, 1, 6, 6), torch.tensor([0, 1, 2, 0])

@@ -3,11 +3,14 @@
 import importlib.util
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
 from fam_plugins.cape import calibrate_temperature, fit_cape_head, with_cape_head
+
+matplotlib = pytest.importorskip("matplotlib", reason="the example needs matplotlib")
 
 SCRIPT = Path(__file__).parents[2] / "compat_examples" / "cape_head.py"
 
@@ -49,4 +52,16 @@ def test_both_heads_agree_on_held_out_digits(example, tmp_path):
 
     picture = tmp_path / "new" / "digit.png"
     example.draw(model, images[0], int(labels[0]), picture)
-    assert picture.stat().st_size > 20_000
+    colours, counts = np.unique(
+        (matplotlib.image.imread(picture)[..., :3] * 255).round().reshape(-1, 3),
+        axis=0,
+        return_counts=True,
+    )
+    top = p[0].topk(3).indices
+    shown = (maps[0, top] / maps[0, top].max()).numpy().reshape(3, -1)
+    for share in (shown[0].max(), *shown.min(axis=1), *shown.max(axis=1)):
+        wanted = np.array(matplotlib.colormaps["viridis"](share)[:3]) * 255
+        close = np.abs(colours - wanted).max(axis=1) <= 2
+        assert counts[close].sum() > 1000, f"no region is as bright as {share:.2f} of the maximum"
+    white = (colours == 255).all(axis=1)
+    assert 0.2 < counts[white].sum() / counts.sum() < 0.9

@@ -1,9 +1,17 @@
 import copy
+import inspect
 
 import pytest
 import torch
 
-from fam_plugins.cape import CapeHead, CapeModel, cape_loss, fit_cape_head, with_cape_head
+from fam_plugins.cape import (
+    CapeHead,
+    CapeModel,
+    calibrate_temperature,
+    cape_loss,
+    fit_cape_head,
+    with_cape_head,
+)
 
 from .conftest import QUIET, assert_unchanged, state_of
 
@@ -126,11 +134,48 @@ def test_an_error_takes_the_head_back_to_the_last_complete_epoch(network, batche
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_a_diverging_fit_is_stopped(model, batches):
+@pytest.mark.parametrize("lr", [1e30, 1e38])
+def test_a_diverging_fit_is_stopped(model, batches, lr):
     state = state_of(model)
     with pytest.raises(FloatingPointError, match="lower lr"):
-        fit_cape_head(model, batches * 20, epochs=2, lr=1e30, **QUIET)
+        fit_cape_head(model, batches * 20, epochs=2, lr=lr, **QUIET)
     assert_unchanged(model, state)
+    # One batch: its loss is finite, what the step makes of the head is not.
+    with pytest.raises(FloatingPointError, match="epoch 1: lower lr"):
+        fit_cape_head(model, [100 * batches[0][0]], epochs=1, lr=1e38, **QUIET)
+    assert_unchanged(model, state)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["weight", "bias", "t1", "t2", "t3"])
+def test_a_spoilt_head_is_refused_before_any_work(model, batches, name, value):
+    with torch.no_grad():
+        getattr(model.head, name).view(-1)[0] = value
+    calls = []
+    model.model[0].register_forward_hook(lambda *_: calls.append(1))
+    for use in (fit_cape_head, calibrate_temperature):
+        with pytest.raises(ValueError, match=r"NaN or inf: re-create it with with_cape_head"):
+            use(model, batches)
+    assert not calls
+
+
+def test_the_defaults_are_the_released_settings():
+    parameters = inspect.signature(fit_cape_head).parameters
+    defaults = {n: p.default for n, p in parameters.items() if p.default is not p.empty}
+    released = {"epochs": 30, "lr": 1e-3, "momentum": 0.9, "weight_decay": 1e-4}
+    released |= {"step_size": 30, "gamma": 0.1, "temperature": 2.0}
+    assert defaults == released | {"cache": False, "checkpoint": None, "progress": True}
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("cache", [False, True])
+def test_a_fit_learns_wherever_it_is_called(network, batches, mode, cache):
+    expected, model = with_cape_head(network), with_cape_head(network)
+    history = fit_cape_head(expected, batches, epochs=2, lr=0.05, cache=cache, **QUIET)
+    with mode():
+        assert fit_cape_head(model, batches, epochs=2, lr=0.05, cache=cache, **QUIET) == history
+    assert torch.equal(model.head.weight, expected.head.weight)
+    assert model.head.weight.requires_grad
 
 
 def test_an_iterator_is_refused_before_its_first_epoch(model, batches):
@@ -145,15 +190,15 @@ def test_an_iterator_is_refused_before_its_first_epoch(model, batches):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"epochs": 0}, "epochs must be a whole number, at least 1, not 0"),
-        ({"epochs": 1.5}, "whole number"),
-        ({"lr": 0.0}, r"lr must be above 0, not 0\.0"),
-        ({"lr": float("nan")}, "lr must be above 0, not nan"),
-        ({"momentum": 1.0}, r"momentum must be in \[0, 1\)"),
-        ({"weight_decay": -1.0}, "weight_decay must be at least 0"),
-        ({"step_size": 0}, "step_size must be a whole number"),
-        ({"gamma": 0.0}, r"gamma must be in \(0, 1\]"),
-        ({"temperature": 0.0}, "temperature must be above 0"),
+        ({"epochs": 0}, "epochs must be an int, at least 1, not 0"),
+        ({"epochs": 1.5}, "an int"),
+        ({"lr": 0.0}, r"lr must be a float above 0, not 0\.0"),
+        ({"lr": float("nan")}, "lr must be a float above 0, not nan"),
+        ({"momentum": 1.0}, r"momentum must be a float in \[0, 1\)"),
+        ({"weight_decay": -1.0}, "weight_decay must be a float, at least 0"),
+        ({"step_size": 0}, "step_size must be an int"),
+        ({"gamma": 0.0}, r"gamma must be a float in \(0, 1\]"),
+        ({"temperature": 0.0}, "temperature must be a float above 0"),
     ],
 )
 def test_bad_settings_are_refused(model, batches, setting, message):

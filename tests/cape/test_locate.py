@@ -5,9 +5,10 @@ from torchvision import models
 from torchvision.models.convnext import CNBlockConfig
 from torchvision.models.resnet import Bottleneck
 
-from fam_plugins.cape import CapeHead, with_cape_head
+from fam_plugins.cape import with_cape_head
+from fam_plugins.cape.locate import _made_up_input, _probe
 
-from .conftest import small_network
+from .conftest import default_device, small_network
 
 # name -> (layer that must be found, size of the images, options that make the network small).
 DENSENET = {"growth_rate": 8, "block_config": (2, 2)}
@@ -124,16 +125,26 @@ def test_architectures_that_do_not_fit_are_refused_by_name(library, name, option
 
 def test_the_probe_makes_up_its_own_input_and_leaves_the_random_state(network):
     state = torch.get_rng_state()
-    reference = CapeHead.from_linear(network[-1])
-    torch.set_rng_state(state)
     model = with_cape_head(network)
+    assert torch.equal(torch.get_rng_state(), state)
     assert (model.site.layer, model.site.classifier) == ("2", "6")
     assert not model.site.relu
-    # Only the head's own initialisation draws numbers.
-    after = torch.get_rng_state()
-    torch.set_rng_state(state)
-    CapeHead(reference.in_channels, reference.num_classes)
-    assert torch.equal(after, torch.get_rng_state())
+
+
+def test_the_probe_keeps_no_graph(network):
+    output, calls = _probe(network, None)
+    tensors = [output]
+    for call in calls:
+        tensors += [*call.means.values(), *call.linear, *([call.token] if call.token else [])]
+    assert len(tensors) > 10
+    assert not any(tensor.requires_grad for tensor in tensors)
+
+
+def test_the_probe_makes_up_the_same_input_under_another_default_device(network):
+    expected = _made_up_input(network)
+    with default_device("meta"):
+        found = _made_up_input(network)
+    assert torch.equal(found, expected)
 
 
 def test_a_functional_relu_before_pooling_is_found_even_in_place():

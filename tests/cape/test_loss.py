@@ -64,13 +64,16 @@ def test_weights_are_weights():
     torch.testing.assert_close(entropy, F.cross_entropy(logits, labels))
 
 
-def test_half_precision_logits_give_a_float32_loss():
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("weights", [{}, {"beta": 0.0}, {"alpha": 0.0}])
+def test_half_precision_logits_give_a_float32_loss(dtype, weights):
+    """Widened before anything is computed: equal to the loss of the widened numbers."""
     head, features, logits, labels = problem(torch.float32)
-    loss = cape_loss(head, features.bfloat16(), logits.bfloat16(), labels)
+    features, logits = features.detach().to(dtype), logits.detach().to(dtype)
+    loss = cape_loss(head, features, logits, labels, **weights)
     assert loss.dtype == torch.float32
-    torch.testing.assert_close(
-        loss, cape_loss(head, features, logits, labels), rtol=0.02, atol=0.02
-    )
+    expected = cape_loss(head, features.float(), logits.float(), labels, **weights)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize(
@@ -82,13 +85,15 @@ def test_half_precision_logits_give_a_float32_loss():
         ({"labels": torch.tensor([0, 1])}, ValueError, "each of the 3 images"),
         ({"labels": F.one_hot(torch.tensor([0, 3, 1]), 4)}, ValueError, "one class index"),
         ({"labels": torch.rand(3, 4)}, TypeError, "argmax"),
+        ({"labels": torch.tensor([True, False, True])}, TypeError, "int64 tensor, not torch.bool"),
         ({"logits": torch.randn(3, 5)}, ValueError, r"\[3, 4\]"),
         ({"logits": torch.randn(2, 4)}, ValueError, r"\[3, 4\]"),
         ({"features": torch.randn(3, 6, 5)}, ValueError, "unsqueeze"),
-        ({"alpha": -1.0}, ValueError, "at least 0 and not both 0.* not -1.0, 1.0 and 2.0"),
+        ({"alpha": -1.0}, ValueError, "floats from 0 and not both 0.* not -1.0, 1.0 and 2.0"),
         ({"alpha": 0.0, "beta": 0.0}, ValueError, "not both 0"),
-        ({"beta": float("nan")}, ValueError, "at least 0 and not both 0.* not 1.0, nan and"),
+        ({"beta": float("nan")}, ValueError, "floats from 0 and not both 0.* not 1.0, nan and"),
         ({"temperature": 0.0}, ValueError, "temperature above 0, not 1.0, 1.0 and 0.0"),
+        ({"temperature": float("inf")}, ValueError, "temperature above 0, not 1.0, 1.0 and inf"),
     ],
 )
 def test_bad_input_is_refused(change, error, message):

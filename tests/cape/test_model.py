@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fam_plugins.cape import CapeHead, with_cape_head
+from fam_plugins.cape.model import find_head
 
 from .conftest import small_network
 
@@ -102,8 +103,10 @@ def test_a_fitted_head_can_be_attached(network):
 
 
 def test_a_model_that_has_a_head_is_refused(network):
-    with pytest.raises(TypeError, match="already has a CAPE head"):
-        with_cape_head(with_cape_head(network))
+    model = with_cape_head(network)
+    for other in (model, model.head, nn.Sequential(model), nn.DataParallel(model)):
+        with pytest.raises(TypeError, match=r"already has a CAPE head: .* pass model\.model"):
+            with_cape_head(other)
 
 
 def test_a_failing_forward_leaves_no_hook(network):
@@ -111,6 +114,39 @@ def test_a_failing_forward_leaves_no_hook(network):
     with pytest.raises(RuntimeError):
         model(torch.randn(2, 3, 6, 6))
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_layer_that_runs_twice_after_the_conversion_is_reported(network):
+    model = with_cape_head(network)
+    forward = network.forward
+    network.forward = lambda x: forward(x) + forward(x)
+    with pytest.raises(RuntimeError, match=r"ran 2 times in one forward pass; CAPE needs the one"):
+        model(torch.randn(2, 1, 6, 6))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_converted_model_is_in_the_mode_of_the_network(network, training):
+    for head in (None, CapeHead(8, 3).train(not training)):
+        model = with_cape_head(network.train(training), head=head)
+        assert {module.training for module in model.modules()} == {training}
+
+
+def test_what_a_hook_makes_of_the_feature_map_reaches_both_heads(network):
+    """Interventions, and Captum's layer methods, replace what the layer gives."""
+    model, images = with_cape_head(network).eval(), torch.randn(2, 1, 6, 6)
+    handle = model.feature_map.register_forward_hook(lambda _, __, output: output * 0)
+    log_p, logits = model.both(images)
+    handle.remove()
+    expected = model.head(torch.zeros(2, 8, 6, 6))
+    torch.testing.assert_close(log_p, expected)
+    torch.testing.assert_close(logits, model.classifier.bias.expand(2, -1))
+
+
+def test_a_model_with_two_heads_names_their_number(network):
+    model = nn.Sequential(with_cape_head(network), CapeHead(8, 3))
+    with pytest.raises(ValueError, match="the model has 2 CAPE heads"):
+        find_head(model)
+    assert find_head(model, model[1]) == (model[1], "1")
 
 
 def test_a_layer_that_is_not_reached_is_reported(network):

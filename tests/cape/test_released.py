@@ -33,6 +33,18 @@ def test_a_released_head_is_read(prefix):
     assert [round(t.item(), 6) for t in (head.t1, head.t2, head.t3)] == [0.1, 0.2, 0.3]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_the_head_is_of_the_checkpoints_type_and_draws_nothing(dtype):
+    state = {name: tensor.to(dtype) for name, tensor in released_state().items()}
+    random = torch.get_rng_state()
+    head = CapeHead.from_released_state_dict(state)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert {p.dtype for p in head.parameters()} == {dtype}
+    assert torch.equal(head.weight, state["classifiers.cape.2.weight"])
+    meta = {name: tensor.to("meta") for name, tensor in state.items()}
+    assert all(p.is_meta for p in CapeHead.from_released_state_dict(meta).parameters())
+
+
 def test_there_and_back():
     state = released_state()
     ours = head_state_from_release(state)

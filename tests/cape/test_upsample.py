@@ -49,10 +49,23 @@ def test_the_same_size_is_the_same_map():
         torch.testing.assert_close(upsample_conserving_mass(maps, (5, 4), mode), maps)
 
 
-def test_area_shares_by_hand():
-    maps = torch.tensor([[[[6.0, 3.0]]]])
-    expected = torch.tensor([[[[4.0, 2.0 + 1.0, 2.0]]]])
-    torch.testing.assert_close(upsample_conserving_mass(maps, (1, 3)), expected)
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        # Two regions over five pixels: the middle one is shared by half.
+        ({}, [4.0, 4.0, 2.0 + 3.0, 6.0, 6.0]),
+        ({"mode": "nearest"}, [4.0, 4.0, 5.0, 6.0, 6.0]),
+        # Weights of the first region at pixel centres -.3, .1, .5, .9, 1.3: 1, .9, .5, .1, 0.
+        ({"mode": "bilinear"}, [4.0, 3.6 + 0.6, 2.0 + 3.0, 0.4 + 5.4, 6.0]),
+    ],
+    ids=["default", "nearest", "bilinear"],
+)
+def test_shares_by_hand(mode, expected):
+    maps = torch.tensor([[[[10.0, 15.0]]]])
+    found = upsample_conserving_mass(maps, (1, 5), **mode)
+    torch.testing.assert_close(found, torch.tensor([[[expected]]]))
+    flipped = upsample_conserving_mass(maps.mT, (5, 1), **mode)
+    torch.testing.assert_close(flipped, found.mT)
 
 
 def test_half_precision_is_widened_and_gradients_flow():
@@ -68,7 +81,7 @@ def test_half_precision_is_widened_and_gradients_flow():
     [
         ((torch.rand(2, 7, 7), 14), ValueError, r"\[B, K, h, w\]"),
         ((torch.rand(2, 0, 7, 7), 14), ValueError, r"\[B, K, h, w\]"),
-        ((torch.ones(1, 1, 7, 7, dtype=torch.int64), 14), TypeError, r"maps\.float"),
+        ((torch.ones(1, 1, 7, 7, dtype=torch.int64), 14), TypeError, r"as_tensor\(maps\)\.float"),
         ((torch.rand(1, 1, 7, 7), 0), ValueError, "whole numbers"),
         ((torch.rand(1, 1, 7, 7), (14, -1)), ValueError, "whole numbers"),
         ((torch.rand(1, 1, 7, 7), (14.5, 14)), ValueError, "whole numbers"),

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import matplotlib
+import numpy as np
 import pytest
 import torch
-from captum.attr import GuidedGradCam, LayerGradCam, NoiseTunnel
+from captum.attr import GuidedBackprop, GuidedGradCam, LayerGradCam, NoiseTunnel
 from captum.attr import visualization as viz
 from torch import nn
 
@@ -88,7 +89,63 @@ def test_a_head_in_a_network_of_the_users_own():
 def test_volumes():
     net = nn.Sequential(nn.Conv3d(1, 6, 3, padding=1), nn.ReLU(), CapeHead(6, 4))
     volumes = torch.rand(2, 1, 3, 4, 5)
-    assert LayerCape(net).attribute(volumes, 2).shape == (2, 1, 3, 4, 5)
+    maps = LayerCape(net).attribute(volumes, 2)
+    assert maps.shape == (2, 1, 3, 4, 5)
+    torch.testing.assert_close(maps[:, 0], net[2].probability_maps(net[:2](volumes))[:, 2])
+    torch.testing.assert_close(maps.sum(dim=(1, 2, 3, 4)), net(volumes)[:, 2].exp())
+
+
+class Slices(nn.Module):
+    """A model of the user's own around one with a head: it serves fewer classes than the head."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images):
+        return self.model(images)[:, :2]
+
+
+def test_no_explainer_moves_the_random_state():
+    net = cape_model()
+    state = torch.get_rng_state()
+    LayerCape(net).attribute(IMAGES, 0, return_convergence_delta=True)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+class TestFunctions:
+    """A function may pick or reorder classes: its output must be the head's log-probabilities."""
+
+    def test_the_models_own_output_is_explained(self, model):
+        expected = LayerCape(model).attribute(IMAGES.double(), [0, 3, 1])
+        for function in (lambda x: model(x), lambda x: model(x).log_softmax(1), model.forward):
+            found = LayerCape(function, model.head).attribute(IMAGES.double(), [0, 3, 1])
+            assert torch.equal(found, expected)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_half_precision(self, dtype):
+        net = cape_model().to(dtype)
+        expected = LayerCape(net).attribute(IMAGES.to(dtype), 1)
+        for function in (lambda x: net(x), lambda x: net(x).to(dtype)):
+            found = LayerCape(function, net.head).attribute(IMAGES.to(dtype), 1)
+            assert torch.equal(found, expected)
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda log_p: log_p[:, 2:],
+            lambda log_p: log_p.flip(1),
+            lambda log_p: log_p[:, [1, 0, 2, 3, 4]],
+            lambda log_p: log_p.exp(),
+            lambda log_p: log_p - log_p.mean(1, keepdim=True),
+        ],
+        ids=["picked", "reordered", "swapped", "probabilities", "shifted"],
+    )
+    def test_another_output_is_refused(self, model, change):
+        before = State.of(model)
+        with pytest.raises(ValueError, match="not the head's log-probability.*the model itself"):
+            LayerCape(lambda x: change(model(x)), model.head).attribute(IMAGES.double(), 0)
+        before.assert_unchanged(model)
 
 
 class TestTrouble:
@@ -106,6 +163,13 @@ class TestTrouble:
         with pytest.raises(AssertionError, match=message):
             LayerCape(model).attribute(IMAGES.double(), target)
         before.assert_unchanged(model)
+
+    def test_a_target_is_judged_by_the_models_own_output(self, model):
+        """The head has five classes; what the model does not return cannot be asked for."""
+        with pytest.raises(AssertionError, match="target 3 is out of range: the model has 2"):
+            LayerCape(Slices(model)).attribute(IMAGES.double(), 3)
+        found = LayerCape(Slices(model)).attribute(IMAGES.double(), 1)
+        assert torch.equal(found, LayerCape(model).attribute(IMAGES.double(), 1))
 
     def test_a_model_without_a_head(self):
         net = classifier()
@@ -153,14 +217,24 @@ class TestConsumers:
         guided = GuidedGradCam(net, net.feature_map)
         guided.grad_cam = LayerCape(net)
         result = guided.attribute(IMAGES.clone().requires_grad_(), 1)
-        assert result.shape == IMAGES.shape
+        slope = GuidedBackprop(net).attribute(IMAGES.clone().requires_grad_(), 1)
+        maps = LayerCape.interpolate(LayerCape(net).attribute(IMAGES, 1), (8, 10))
+        assert result.abs().max() > 0
+        torch.testing.assert_close(result, slope * maps)
 
     def test_visualization(self, model):
         maps = LayerCape(model).attribute(IMAGES.double(), 1)
         heat = LayerCape.interpolate(maps, (8, 10), "bilinear")[0].permute(1, 2, 0).numpy()
-        figure, _ = viz.visualize_image_attr(
-            heat, IMAGES[0].permute(1, 2, 0).numpy(), method="blended_heat_map", use_pyplot=False
+        figure, axes = viz.visualize_image_attr(
+            heat,
+            IMAGES[0].permute(1, 2, 0).numpy(),
+            method="blended_heat_map",
+            use_pyplot=False,
+            sign="positive",
+            outlier_perc=0,
         )
+        drawn = axes.images[-1].get_array()
+        np.testing.assert_allclose(drawn, heat[..., 0] / heat.max(), atol=1e-6)
         matplotlib.pyplot.close(figure)
 
     def test_grad_cam_of_the_same_model(self):

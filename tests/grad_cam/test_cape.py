@@ -74,6 +74,13 @@ def test_the_layer_of_grad_cam_code_may_stay(model, layer):
         assert torch.equal(cam.probability_maps, expected)
 
 
+def test_it_draws_nothing():
+    net = cape_model()
+    state = torch.get_rng_state()
+    CAPE(net)(IMAGES, TARGETS)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_a_head_in_a_network_of_the_users_own():
     cam = CAPE(nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), CapeHead(6, 4)))
     cam(IMAGES, None)
@@ -83,10 +90,11 @@ def test_a_head_in_a_network_of_the_users_own():
 class TestTrouble:
     def test_targets_that_name_no_class(self, model):
         before = State.of(model)
-        for target in (lambda o: o[0], BinaryClassifierOutputTarget(1)):
+        unknown = ClassifierOutputTarget(None)
+        for target in (lambda o: o[0], BinaryClassifierOutputTarget(1), unknown):
             with pytest.raises(ValueError, match=r"names none: pass ClassifierOutputTarget"):
                 CAPE(model)(IMAGES.double(), [target] * 3)
-        for index in (5, -1):
+        for index in (5, -1, 1.5, "cat"):
             with pytest.raises(ValueError, match="has 5 classes, 0 to 4"):
                 CAPE(model)(IMAGES.double(), [ClassifierOutputTarget(index)] * 3)
         before.assert_unchanged(model)
@@ -100,6 +108,11 @@ class TestTrouble:
         with pytest.raises(ValueError, match=r"0 CAPE heads.*with_cape_head\(model\)"):
             CAPE(net)
         assert net.calls == 0
+
+    def test_a_function_instead_of_a_model(self, model):
+        for function in (model.forward, lambda x: model(x), None):
+            with pytest.raises((TypeError, ValueError), match="nn.Module|0 CAPE heads"):
+                CAPE(function)
 
     def test_a_layer_that_does_not_feed_the_head(self, model):
         with pytest.raises(ValueError, match="does not feed the CAPE head.*leave the layer"):
@@ -119,10 +132,17 @@ class TestConsumers:
         net = cape_model()
         images = torch.rand(2, 3, 32, 32)
         cams = CAPE(net)(images, TARGETS[:2])
-        assert DropInConfidence()(images, cams, TARGETS[:2], net).shape == (2,)
-        assert np.isfinite(ROADCombined([20, 60])(images, cams, TARGETS[:2], net)).all()
-        with GradCAM(net, [net.feature_map]) as cam:
-            assert cam(images, TARGETS[:2]).shape == (2, 32, 32)
+        with torch.no_grad():
+            pairs = [net(images), net(images * torch.from_numpy(cams)[:, None])]
+        own, masked = (scores[range(2), [0, 3]].numpy() for scores in pairs)
+        drop = DropInConfidence()(images, cams, TARGETS[:2], net)
+        np.testing.assert_allclose(drop, np.maximum(own - masked, 0), atol=1e-5)
+        # Pixels are removed in the order of the map: another map gives another score.
+        road = ROADCombined([20, 60])
+        scores = road(images, cams, TARGETS[:2], net)
+        assert np.isfinite(scores).all()
+        np.testing.assert_allclose(scores, -road(images, 1 - cams, TARGETS[:2], net), atol=2e-4)
+        assert np.abs(scores).min() > 1e-3
 
     @pytest.mark.parametrize("name", ["RefineCAM", "SESS"])
     def test_meta_methods(self, name):
@@ -131,5 +151,13 @@ class TestConsumers:
         net = cape_model()
         images = torch.rand(2, 3, 32, 32)
         extra = {"num_scales": 2} if name == "SESS" else {}
-        method = getattr(pytorch_grad_cam, name)(net, [net.feature_map], base_method=CAPE, **extra)
-        assert method(images, TARGETS[:2]).shape == (2, 32, 32)
+        maps = {}
+        for base in (CAPE, GradCAM):
+            meta = getattr(pytorch_grad_cam, name)(
+                net, [net.feature_map], base_method=base, **extra
+            )
+            maps[base] = meta(images, TARGETS[:2])
+            assert maps[base].shape == (2, 32, 32)
+        assert maps[CAPE].max(axis=(1, 2)) == pytest.approx(1, abs=0.05)
+        assert maps[CAPE].std(axis=(1, 2)).min() > 0.05
+        assert np.abs(maps[CAPE] - maps[GradCAM]).max() > 0.05

@@ -385,7 +385,9 @@ class TestQuantusMetrics:
     "use",
     [
         lambda model: for_torchcam(LayerFam(model, "encoder.0")),
-        lambda model: for_quantus(LayerFam, "encoder.0")(model, IMAGES.numpy(), np.zeros(3)),
+        lambda model: for_quantus(LayerFam, "encoder.0")(
+            model, IMAGES.numpy(), np.zeros(3, dtype=int)
+        ),
     ],
     ids=["torchcam", "quantus"],
 )

@@ -1,0 +1,202 @@
+"""plot_pair, plot_episode and plot_retrieval, drawn to the end."""
+
+from __future__ import annotations
+
+import io
+
+import matplotlib.figure
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fam_plugins.plots import plot_episode, plot_pair, plot_retrieval
+from tests.hostile.table import MODES, refused, under, works
+
+G = torch.Generator().manual_seed(0)
+A, M = torch.rand(3, 8, 8, generator=G), torch.randn(1, 2, 2, generator=G)
+BATCH, MAPS = torch.rand(2, 3, 8, 8, generator=G), torch.randn(2, 1, 2, 2, generator=G)
+GRID = torch.randn(2, 2, 1, 2, 2, generator=G)
+DEFAULTS = {name: MODES[name] for name in ("default device meta", "default dtype float64")}
+PICTURE = Image.new("RGB", (8, 8))
+BYTES = (255 * A).byte()
+
+
+def drawn(figure):
+    """Whether the figure can be drawn: titles and labels are read only then."""
+    figure.set_dpi(20)
+    figure.savefig(io.BytesIO(), dpi=20)
+    return True
+
+
+def never(figure):
+    return isinstance(figure, matplotlib.figure.Figure)
+
+
+def pair(a=A, b=A, map_a=M, map_b=M, finish=never, **options):
+    return lambda _model: finish(plot_pair(a, b, map_a, map_b, **options))
+
+
+def read_only(array):
+    array = np.array(array)
+    array.flags.writeable = False
+    return array
+
+
+PAIR = [
+    works("tensors", pair(finish=drawn)),
+    works("arrays", pair(A.numpy(), A.numpy(), M.numpy(), M.numpy())),
+    works("float64", pair(A.double().numpy(), map_a=M.double())),
+    works("read only", pair(read_only(A), map_a=read_only(M))),
+    works("lists", pair(A.tolist(), map_a=M.tolist())),
+    works("grey", pair(A[0], A[:1])),
+    works("black bytes", pair(0 * BYTES)),
+    works("a mask", pair(A > 0.5)),
+    works("with gradient", pair(A.clone().requires_grad_(), map_a=M.clone().requires_grad_())),
+    works("half precision", pair(A.half(), map_a=M.bfloat16())),
+    works("expanded", pair(A[:1].expand(3, -1, -1))),
+    works("zeros for maps", pair(map_a=0 * M, map_b=0 * M)),
+    works("huge maps", pair(map_a=1e30 * M)),
+    works("a map of one region", pair(map_a=M[:, :1, :1])),
+    works("a map in a batch of one", pair(map_a=M[None])),
+    works("a score", pair(score=0.5)),
+    works("a score of a batch of one", pair(score=torch.tensor([0.5]))),
+    works("a score of numpy", pair(score=np.float64(0.5))),
+    works("a whole score", pair(score=1)),
+    works("titles of any kind", pair(titles=[1, None], finish=drawn)),
+    works("dollars", pair(titles=("$\\frac", "5$ and $"), finish=drawn)),
+    works("no label", pair(label="")),
+    *(works(name, under(context, pair(score=0.5))) for name, context in DEFAULTS.items()),
+    refused("a picture", pair(PICTURE), TypeError, "to_tensor(image)"),
+    refused("a path", pair("a.png"), TypeError, "to_tensor(image)"),
+    refused("None", pair(b=None), TypeError, "image_b must be a tensor"),
+    refused("bytes", pair(BYTES), ValueError, "bytes: image / 255"),
+    refused("bytes in numpy", pair(BYTES.numpy()), ValueError, "bytes: image / 255"),
+    refused("normalised", pair(A - 0.5), ValueError, "before the model's normalisation"),
+    refused("channels last", pair(A.permute(1, 2, 0)), ValueError, "image.permute(2, 0, 1)"),
+    refused("four channels", pair(torch.rand(4, 8, 8, generator=G)), ValueError, "1 or 3 channels"),
+    refused("a batch", pair(A[None]), ValueError, "images[i]"),
+    refused("a row", pair(A[0, 0]), ValueError, "pass one image"),
+    refused("empty", pair(A[:, :0]), ValueError, "pass one image"),
+    refused("NaN", pair(A * torch.nan), ValueError, "image_a holds NaN"),
+    refused("complex", pair(A * 1j), TypeError, "pass real values"),
+    refused("masked", pair(np.ma.ones((8, 8))), TypeError, "masked array"),
+    refused("a map None", pair(map_a=None), TypeError, "map_a must be a tensor"),
+    refused("a picture for a map", pair(map_a=PICTURE), TypeError, "map_a must be a tensor"),
+    refused("a flat map", pair(map_a=M[0]), ValueError, "not [1, h, w]"),
+    refused("maps of a batch", pair(map_a=MAPS), ValueError, "not [1, h, w]"),
+    refused("maps of channels", pair(map_a=A), ValueError, "not [1, h, w]"),
+    refused("an empty map", pair(map_a=M[..., :0]), ValueError, "not [1, h, w]"),
+    refused("a map of NaN", pair(map_b=M * torch.nan), ValueError, "map_b holds NaN"),
+    refused("a complex map", pair(map_b=M * 1j), TypeError, "pass real values"),
+    refused("two scores", pair(score=[0.1, 0.2]), ValueError, "score[i]"),
+    refused("a score in words", pair(score="0.5"), TypeError, "scores must be a tensor"),
+    refused("no score", pair(score=[]), ValueError, "score[i]"),
+    refused("a score of NaN", pair(score=float("nan")), ValueError, "NaN"),
+    refused("titles None", pair(titles=None), ValueError, "pass two"),
+    refused("one title", pair(titles="ab"), ValueError, "pass two"),
+    refused("three titles", pair(titles=("a", "b", "c")), ValueError, "pass two"),
+]
+
+
+def episode(queries=BATCH, references=BATCH, maps=GRID, finish=never, **options):
+    return lambda _model: finish(plot_episode(queries, references, maps, **options))
+
+
+SCORES = [[0.1, 0.2], [0.3, 0.4]]
+
+EPISODE = [
+    works("tensors", episode()),
+    works("lists of images", episode(list(BATCH), tuple(BATCH))),
+    works("a generator", lambda m: episode((x for x in BATCH[:1]), maps=GRID[:1])(m)),
+    works("arrays", episode(BATCH.numpy(), BATCH.numpy(), GRID.numpy())),
+    works("several sizes", episode([A, A[:, :4]])),
+    works("scores", episode(scores=SCORES)),
+    works("an array of scores", episode(scores=np.array(SCORES))),
+    works("infinite scores", episode(scores=[[0.1, -np.inf], [0.3, 0.4]])),
+    works("labels", episode(labels=("cat", "dog"))),
+    works("a tensor of labels", episode(labels=torch.tensor([4, 9]))),
+    works("an array of labels", episode(labels=np.array(["a", "b"]))),
+    works("a generator of labels", lambda m: episode(labels=(c for c in "ab"))(m)),
+    works("dollars", episode(labels=("$\\frac", "$"), finish=drawn)),
+    *(works(name, under(context, episode(scores=SCORES))) for name, context in DEFAULTS.items()),
+    refused("None", episode(None), ValueError, "or list of images"),
+    refused("a path", episode("ab"), TypeError, "queries[0] must be a tensor"),
+    refused("one image", episode(A), ValueError, "[image]"),
+    refused("one image in numpy", episode(A.numpy()), ValueError, "[image]"),
+    refused("an episode of episodes", episode(BATCH[None]), ValueError, "[image]"),
+    refused("a picture", episode(PICTURE), ValueError, "list of images"),
+    refused("pictures", episode([PICTURE] * 2), TypeError, "to_tensor(image)"),
+    refused("no queries", episode([]), ValueError, "pass at least one image"),
+    refused("no references", episode(references=BATCH[:0]), ValueError, "no references"),
+    refused("bytes", episode([BYTES] * 2), ValueError, "queries[0] has values"),
+    refused("maps of one query", episode(maps=GRID[0]), ValueError, "not [2, 2, 1, h, w]"),
+    refused("too few maps", episode(maps=GRID[:1]), ValueError, "not [2, 2, 1, h, w]"),
+    refused("maps without a channel", episode(maps=GRID[:, :, 0]), ValueError, "not [2, 2, 1"),
+    refused("maps None", episode(maps=None), TypeError, "maps must be a tensor"),
+    refused("a list of maps", episode(maps=list(GRID)), TypeError, "torch.stack"),
+    refused("maps of NaN", episode(maps=GRID * torch.nan), ValueError, "maps holds NaN"),
+    refused("scores of one query", episode(scores=SCORES[0]), ValueError, "not [2, 2]"),
+    refused("one score", episode(scores=0.5), ValueError, "not [2, 2]"),
+    refused("ragged scores", episode(scores=[[1], [1, 2]]), TypeError, "scores must be a tensor"),
+    refused("scores of NaN", episode(scores=[[np.nan, 1], [1, 2]]), ValueError, "or holds NaN"),
+    refused("scores in words", episode(scores="high"), TypeError, "scores must be a tensor"),
+    refused("too few labels", episode(labels=["a"]), ValueError, "1 labels for 2 references"),
+    refused("a number of labels", episode(labels=2), ValueError, "1 labels for 2 references"),
+    refused("labels one-hot", episode(labels=torch.eye(2)), ValueError, "labels.argmax(1)"),
+]
+
+
+def retrieval(query=A, hits=BATCH, ours=MAPS, theirs=MAPS, scores=(0.9, 0.8), finish=never):
+    return lambda _model: finish(plot_retrieval(query, hits, ours, theirs, scores))
+
+
+RETRIEVAL = [
+    works("tensors", retrieval()),
+    works("arrays", retrieval(A.numpy(), BATCH.numpy(), MAPS.numpy(), MAPS.numpy())),
+    works("lists of images", retrieval(hits=list(BATCH))),
+    works("other maps", retrieval(theirs=torch.randn(2, 1, 5, 3, generator=G))),
+    works("one hit", retrieval(hits=BATCH[:1], ours=MAPS[:1], theirs=MAPS[:1], scores=[0.9])),
+    works("a tensor of scores", retrieval(scores=torch.tensor([1, 2]))),
+    *(works(name, under(context, retrieval())) for name, context in DEFAULTS.items()),
+    refused("a batch of queries", retrieval(A[None]), ValueError, "of a batch, images[i]"),
+    refused("a picture", retrieval(PICTURE), TypeError, "to_tensor(image)"),
+    refused("query None", retrieval(None), TypeError, "query must be a tensor"),
+    refused("hits None", retrieval(hits=None), ValueError, "list of images"),
+    refused("one hit alone", retrieval(hits=A), ValueError, "[image]"),
+    refused("no hits", retrieval(hits=[]), ValueError, "there are no hits"),
+    refused("paths", retrieval(hits=["a.png", "b.png"]), TypeError, "hits[0] must be a tensor"),
+    refused("bytes", retrieval(hits=255 * BATCH), ValueError, "hits[0] has values"),
+    refused("channels last", retrieval(hits=BATCH.permute(0, 2, 3, 1)), ValueError, "permute("),
+    refused("one map", retrieval(ours=M), ValueError, "query_maps has shape"),
+    refused("too few maps", retrieval(theirs=MAPS[:1]), ValueError, "hit_maps has shape"),
+    refused("maps of many", retrieval(ours=MAPS[None]), ValueError, "query_maps has shape"),
+    refused("maps None", retrieval(ours=None), TypeError, "query_maps must be a tensor"),
+    refused("no hit maps", retrieval(theirs=None), TypeError, "hit_maps must be a tensor"),
+    refused("maps of infinity", retrieval(theirs=MAPS / 0), ValueError, "hit_maps holds NaN"),
+    refused("scores None", retrieval(scores=None), TypeError, "scores must be a tensor"),
+    refused("one score", retrieval(scores=0.9), ValueError, "not [2]"),
+    refused("too many scores", retrieval(scores=[1, 2, 3]), ValueError, "not [2]"),
+    refused("scores [1, k]", retrieval(scores=[[0.9, 0.8]]), ValueError, "not [2]"),
+    refused("scores of NaN", retrieval(scores=[0.9, np.nan]), ValueError, "or holds NaN"),
+    refused("scores in words", retrieval(scores=["a", "b"]), TypeError, "scores must be a tensor"),
+]
+
+
+def without_a_network():
+    return torch.nn.Identity()
+
+
+@pytest.mark.parametrize("row", PAIR)
+def test_plot_pair(row):
+    row.on(without_a_network).check()
+
+
+@pytest.mark.parametrize("row", EPISODE)
+def test_plot_episode(row):
+    row.on(without_a_network).check()
+
+
+@pytest.mark.parametrize("row", RETRIEVAL)
+def test_plot_retrieval(row):
+    row.on(without_a_network).check()

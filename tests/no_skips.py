@@ -1,0 +1,34 @@
+"""A pytest plugin for an environment where nothing may be missing: a skipped test fails the run.
+
+    python -m pytest -p tests.no_skips
+
+An extra that stops importing, or a class that a partner renames, makes tests vanish without a sign;
+here it shows. Doctests that say ``+SKIP`` themselves are exempt.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+
+def _unexpected(terminal: pytest.TerminalReporter) -> list[str]:
+    skipped = terminal.stats.get("skipped", [])
+    return [f"{report.nodeid}: {_why(report)}" for report in skipped if "+SKIP" not in _why(report)]
+
+
+def _why(report: pytest.TestReport | pytest.CollectReport) -> str:
+    return report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    terminal = session.config.pluginmanager.get_plugin("terminalreporter")
+    if terminal and _unexpected(terminal) and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    unexpected = _unexpected(terminalreporter)
+    if unexpected:
+        terminalreporter.section("skipped, though nothing may be missing here", red=True)
+        terminalreporter.write_line("\n".join(unexpected))
