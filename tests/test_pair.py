@@ -101,9 +101,13 @@ def test_the_delta_is_zero_behind_a_bias_and_the_gap_behind_a_deep_head():
         explain_pair(encoder(), "last", A, B, rule="fam", return_convergence_delta=True)
 
 
-def test_euclidean_maps_sum_to_the_linear_part():
+@pytest.mark.parametrize("embedding", ["model", "pooled"])
+def test_euclidean_maps_sum_to_the_linear_part(embedding):
     net = encoder()
-    pair = explain_pair(net, "last", A, B, similarity="sqeuclidean", return_convergence_delta=True)
+    pair = explain_pair(
+        net, "last", A, B,
+        similarity="sqeuclidean", embedding=embedding, return_convergence_delta=True,
+    )  # fmt: skip
     za, zb = net(A).detach(), net(B).detach()
     torch.testing.assert_close(pair.map_a.sum((1, 2, 3)), 2 * (za * zb).sum(1))
     assert pair.delta_a.abs().max() < 1e-5

@@ -45,6 +45,15 @@ def test_scores_are_those_of_the_classifier(kind, centre, power):
             torch.testing.assert_close(maps, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("mode", [True, False])
+def test_the_centre_is_part_of_the_model_and_the_mode_that_of_the_classifier(mode):
+    centre = torch.linspace(0, 0.3, 6)
+    classifier = fitted(methods.SimpleShot, feature_centering=centre).train(mode)
+    model = from_easyfsl(classifier)
+    assert torch.equal(model.state_dict()["encoder.centre"], centre)
+    assert {part.training for part in model.modules()} == {mode}
+
+
 def test_predicted_against_the_runner_up():
     classifier = fitted(methods.PrototypicalNetworks)
     scores = classifier(QUERIES[:1])
@@ -85,6 +94,11 @@ def test_a_squared_distance_is_told_from_the_distance(power):
     }
 
 
+class Warmer(methods.SimpleShot):
+    def forward(self, query_images):
+        return 1.05 * super().forward(query_images)
+
+
 def with_feature_maps():
     classifier = fitted(methods.PrototypicalNetworks)
     classifier.prototypes = torch.ones(4, 6, 2, 2)
@@ -108,6 +122,7 @@ class Shuffled(methods.SimpleShot):
             r"attention over its whole support set.*LayerFam\(classifier, layer\)",
         ),
         (lambda: fitted(Shuffled), ValueError, "something other than the cosine"),
+        (lambda: fitted(Warmer), ValueError, "something other than the cosine"),
         (with_feature_maps, ValueError, r"shape \(4, 6, 2, 2\), not \[N, D\]"),
         (encoder, TypeError, "no backbone"),
         (lambda: nn.ReLU(), TypeError, "no backbone"),

@@ -29,10 +29,12 @@ SECONDS = 300
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutation", description=__doc__)
-    parser.add_argument("--only", default="", metavar="FILE", help="part of a file's path")
+    parser.add_argument(
+        "--only", default="", metavar="FILE", help="part of its path or of the change"
+    )
     parser.add_argument("--most", type=int, default=len(MUTANTS), metavar="N", help="the first N")
     options = parser.parse_args()
-    chosen = [mutant for mutant in MUTANTS if options.only in mutant.file][: options.most]
+    chosen = [mutant for mutant in MUTANTS if options.only in str(mutant)][: options.most]
     for heavy in ("torchvision", "captum.attr", "pytorch_grad_cam", "matplotlib.figure"):
         import_module(heavy)
     with tempfile.TemporaryDirectory() as folder:
