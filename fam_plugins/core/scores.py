@@ -1,8 +1,7 @@
 """From images to embeddings to scores: one score per reference, less a contrast; frozen on demand.
 
-Inside :func:`frozen_scores` every score of this package keeps its value and sends back the gradient
-of its linear form instead of its own. That is all an explainer needs: it runs the model as it is,
-in one forward pass, and reads off exact shares.
+Frozen, a score keeps its value and sends back the gradient of its linear form. That is all that an
+explainer needs: it runs the model as it is, in one forward pass, and reads off exact shares.
 """
 
 from __future__ import annotations

@@ -227,12 +227,7 @@ class SimilarityModel(nn.Module):
         return subtract_others(scores) if self._others else scores
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images ``[B, ...]`` -> scores ``[B, N]``; ``N`` the number of references.
-
-        Raises:
-            TypeError: If the encoder returns no tensor.
-            ValueError: If embeddings have another width than the references, are not finite.
-        """
+        """Images ``[B, ...]`` -> scores ``[B, N]`` of ``N`` references; errors as :meth:`score`."""
         return self.score(self.embed(images))
 
     def get_extra_state(self) -> Tensor:
