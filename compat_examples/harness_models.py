@@ -89,6 +89,7 @@ def prepare(count: int = 16, seed: int = 0) -> Bench:
     )
     varied = torch.stack([_varied(case, candidates, labels) for case in cases]).all(dim=0)
     chosen = varied.nonzero().flatten()[:count]
+    assert len(chosen) >= count // 2, f"only {len(chosen)} images have a positive part in every map"
     left_out = int((~varied[: chosen[-1]]).sum())
     print(f"{len(chosen)} digits; {left_out} left out: a harness ranks no constant map")
     images = candidates[chosen]
