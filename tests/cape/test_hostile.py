@@ -31,6 +31,7 @@ from tests.networks import State
 
 from .conftest import QUIET, small_network
 
+torch.manual_seed(0)
 MODEL = with_cape_head(small_network()).eval()
 HEAD = CapeHead(6, 4)
 IMAGES, LABELS = torch.rand(4, 1, 6, 6), torch.tensor([0, 1, 2, 0])
