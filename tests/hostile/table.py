@@ -20,6 +20,28 @@ ROWS = torch.randn(5, 6, generator=torch.Generator().manual_seed(1))
 BYTES = (255 * X).byte()
 
 
+class LpDistance:
+    """As pytorch-metric-learning's, in what is read of one: the extra need not be there."""
+
+    is_inverted = False
+
+    def __init__(self, p: float = 2, power: float = 1) -> None:
+        self.normalize_embeddings, self.p, self.power = True, p, power
+
+    def __call__(self, z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        unit = nn.functional.normalize(z), nn.functional.normalize(t)
+        return torch.cdist(*unit, self.p) ** self.power
+
+
+class CosineSimilarity(LpDistance):
+    """The same of the cosine."""
+
+    is_inverted = True
+
+    def __call__(self, z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return nn.functional.normalize(z) @ nn.functional.normalize(t).T
+
+
 def similarity_model(**options: Any) -> SimilarityModel:
     return SimilarityModel(encoder(), ROWS, **options)
 

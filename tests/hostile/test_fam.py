@@ -9,11 +9,21 @@ import pytest
 import torch
 from PIL import Image
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
-from pytorch_metric_learning.distances import LpDistance
 from torch import nn
 
 from fam_plugins import FAM, Rule, Similarity, SimilarityModel, SimilarityTarget, tokens_to_map
-from tests.hostile.table import BYTES, MODES, ROWS, X, late, refused, under, warns, works
+from tests.hostile.table import (
+    BYTES,
+    MODES,
+    ROWS,
+    LpDistance,
+    X,
+    late,
+    refused,
+    under,
+    warns,
+    works,
+)
 from tests.hostile.test_layer_fam import INDICES, OTHER, Output, Returns
 from tests.networks import encoder
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from pytorch_metric_learning.distances import CosineSimilarity, LpDistance
 from torch import nn
 
 from fam_plugins import Similarity, SimilarityModel
@@ -19,6 +18,8 @@ from tests.hostile.table import (
     BYTES,
     MODES,
     ROWS,
+    CosineSimilarity,
+    LpDistance,
     X,
     late,
     refused,
