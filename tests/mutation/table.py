@@ -232,7 +232,8 @@ OTHERS_OF_CORE = [
         "core/eval_mode.py",
         "core/test_eval_mode.py core/test_references.py",
         ("if count > 1:", "if False:"),
-        ("part.training = own", "part.training = True"),
+        ("part.training = own", "pass"),
+        ("if part.training or part in _held]", "if part.training]"),
         ("(*module.parameters(), *module.buffers())", "module.parameters()"),
     ),
 ]  # fmt: skip
