@@ -13,8 +13,8 @@ __all__ = ["check_module", "eval_mode", "place_of"]
 
 
 _lock = threading.Lock()
-_held: dict[nn.Module, tuple[int, bool]] = {}
-"""Of every module in eval mode for a while: how many blocks hold it there, and its own mode."""
+_held: dict[nn.Module, int] = {}
+"""How many blocks hold a module in eval mode that is in training mode by itself."""
 
 
 def check_module(module: object, what: str = "the model") -> None:
@@ -38,8 +38,7 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
         # What is in eval mode by itself stays there, whoever comes and goes.
         parts = [part for part in module.modules() if part.training or part in _held]
         for part in parts:
-            count, own = _held.get(part, (0, part.training))
-            _held[part] = count + 1, own
+            _held[part] = _held.get(part, 0) + 1
     try:
         if parts:
             module.eval()
@@ -47,11 +46,10 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
     finally:
         with _lock:
             for part in parts:
-                count, own = _held.pop(part)
-                if count > 1:
-                    _held[part] = count - 1, own
-                else:
-                    part.training = own
+                _held[part] -= 1
+                if not _held[part]:
+                    del _held[part]
+                    part.training = True
 
 
 def place_of(module: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:

@@ -231,8 +231,8 @@ OTHERS_OF_CORE = [
     *of(
         "core/eval_mode.py",
         "core/test_eval_mode.py core/test_references.py",
-        ("if count > 1:", "if False:"),
-        ("part.training = own", "pass"),
+        ("if not _held[part]:", "if True:"),
+        ("part.training = True", "pass"),
         ("if part.training or part in _held]", "if part.training]"),
         ("(*module.parameters(), *module.buffers())", "module.parameters()"),
     ),
