@@ -105,7 +105,7 @@ def for_quantus(
     Example:
         >>> from fam_plugins import LayerFam
         >>> model = SimilarityModel(nn.Sequential(nn.ReLU(), nn.Flatten()), torch.rand(3, 48))
-        >>> explain = for_quantus(LayerFam, "encoder.0")
+        >>> explain = for_quantus(LayerFam, "encoder.0", rule="centred")
         >>> explain(model, np.random.rand(2, 3, 4, 4), np.array([0, 1])).shape
         (2, 1, 4, 4)
     """
