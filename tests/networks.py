@@ -43,6 +43,18 @@ def classifier() -> TinyNet:
     return TinyNet().eval()
 
 
+class OwnBackward(torch.autograd.Function):
+    """Looks at values, which cannot be vectorised."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * (2 if grad.sum().item() < 1e9 else 0)
+
+
 def narrow_vgg(num_classes: int = 1000) -> VGG:
     """torchvision's VGG in its form, a fraction of its 130 million weights."""
     with torch.device("meta"):  # its own classifier alone takes a second to draw

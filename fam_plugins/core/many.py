@@ -59,7 +59,8 @@ def map_references(
         if indices is None:
             chosen = torch.arange(count, device=end.device).repeat(len(end), 1)
         else:
-            _check_range(indices, count)
+            if scores.model is None:  # the references of the others were counted before the pass
+                _check_range(indices, count)
             chosen = indices.to(end.device, copy=True)
     tail = None
     if [len(maps) for maps in one.activations] == [1]:

@@ -98,13 +98,7 @@ class SimilarityModel(nn.Module):
                     "embeddings or images as contrast instead"
                 )
         elif contrast is not None:
-            against = embed_once(
-                encoder,
-                contrast,
-                "contrast",
-                chunk_size,
-                width=rows.shape[1],
-            )
+            against = embed_once(encoder, contrast, "contrast", chunk_size, width=rows.shape[1])
         self.encoder = encoder
         self.similarity = chosen.name
         self._similarity = chosen

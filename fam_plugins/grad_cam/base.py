@@ -13,7 +13,6 @@ from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import Tensor, nn
 
 from fam_plugins.core.eval_mode import eval_mode, place_of
-from fam_plugins.core.maps import check_finite
 from fam_plugins.core.scores import check_floats
 
 __all__ = ["OnePassCAM", "Target", "to_numpy"]
@@ -135,7 +134,7 @@ class OnePassCAM(BaseCAM):
         """Turn the pass that :attr:`activations_and_grads` made into one map per layer."""
         one = self.activations_and_grads
         found = list(self.explain(one.current, one.outputs, targets, eigen_smooth))
-        self.attributions = [check_finite(attribution) for attribution, _ in found]
+        self.attributions = [attribution for attribution, _ in found]
         return [self.scaled(cam, input_tensor) for _, cam in found]
 
     def scaled(self, cams: np.ndarray, input_tensor: Tensor) -> np.ndarray:

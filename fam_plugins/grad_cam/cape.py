@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fam_plugins.cape.head import cape_maps
 from fam_plugins.cape.model import find_head
 from fam_plugins.core.layer_pass import LayerPass
+from fam_plugins.core.maps import check_finite
 from fam_plugins.grad_cam.base import OnePassCAM, Target, to_numpy
 
 __all__ = ["CAPE"]
@@ -83,7 +84,7 @@ class CAPE(OnePassCAM):
         ((logits,),) = one.tracked
         classes = [_class_of(target, logits.shape[-1]) for target in targets]
         chosen = torch.tensor(classes, device=logits.device)
-        maps = cape_maps(self._head, logits, chosen, relative=self.relative)
+        maps = check_finite(cape_maps(self._head, logits, chosen, relative=self.relative))
         yield maps, to_numpy(maps[:, 0])
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fam_plugins.core.eval_mode import check_module, eval_mode
 from fam_plugins.core.layer_pass import find_layer
 from fam_plugins.core.many import as_indices, map_references
-from fam_plugins.core.maps import MapPass
+from fam_plugins.core.maps import MapPass, check_finite
 from fam_plugins.core.rules import Rule, choose_rule
 from fam_plugins.core.similarity_model import ModelScores
 from fam_plugins.core.transforms import check_transform
@@ -104,7 +104,8 @@ class FAM(OnePassCAM):
         """Explain a pass: for each target layer its map ``[B, 1, h, w]``, and as float32 array."""
         for (maps,) in one.maps(lambda: _scores(outputs, targets), sum_channels=not eigen_smooth):
             if eigen_smooth:
-                yield maps.sum(dim=1, keepdim=True), get_2d_projection(to_numpy(maps))
+                summed = check_finite(maps.sum(dim=1, keepdim=True))
+                yield summed, get_2d_projection(to_numpy(maps))
             else:
                 yield maps, to_numpy(maps[:, 0])
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fam_plugins.core.layer_pass import LayerPass, find_layer
-from tests.networks import classifier
+from tests.networks import OwnBackward, classifier
 
 IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -171,18 +171,6 @@ class TestFindLayer:
     def test_refuses_what_is_no_layer(self, model, layer, error, message):
         with pytest.raises(error, match=message):
             find_layer(model, layer)
-
-
-class OwnBackward(torch.autograd.Function):
-    """Looks at values, which cannot be vectorised."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return 2 * x
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad * (2 if grad.sum().item() < 1e9 else 0)
 
 
 @pytest.mark.parametrize("tail", [lambda z: 2 * z, OwnBackward.apply])

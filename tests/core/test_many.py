@@ -10,7 +10,7 @@ from torch import nn
 from fam_plugins import FAM, LayerFam, SimilarityModel
 from fam_plugins.core.layer_pass import LayerPass
 from fam_plugins.core.rules import RULES
-from tests.networks import State, TinyNet, classifier, encoder
+from tests.networks import OwnBackward, State, TinyNet, classifier, encoder
 
 IMAGES = torch.randn(3, 3, 8, 10, generator=torch.Generator().manual_seed(0))
 ROWS = torch.randn(9, 6, generator=torch.Generator().manual_seed(1))
@@ -34,18 +34,6 @@ class Tail(nn.Module):
 
     def forward(self, images):
         return self.net(images)
-
-
-class OwnBackward(torch.autograd.Function):
-    """Looks at values, which cannot be vectorised."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return 2 * x
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad * (2 if grad.sum().item() < 1e9 else 0)
 
 
 class CallsOwnBackward(nn.Module):
