@@ -59,6 +59,7 @@ def explain_pair(
     difference: bool = False,
     embedding: Literal["model", "pooled"] = "model",
     reshape_transform: Transform | str | None = "auto",
+    smooth: bool = False,
     return_convergence_delta: bool = False,
 ) -> PairExplanation:
     """Explain the similarity of two images in both of them, from one forward pass of each.
@@ -89,6 +90,7 @@ def explain_pair(
             over its regions, whatever head follows: what contrastive models are evaluated on.
         reshape_transform: Rearranges what the layer gives into ``[B, C, h, w]``, as in
             :class:`~fam_plugins.LayerFam`.
+        smooth: Average each region with its neighbours, as in :class:`~fam_plugins.LayerFam`.
         return_convergence_delta: Also return how far each map is from adding up, at the price of
             a second forward pass of each image. For rules that add up, such as ``"additive"``.
 
@@ -123,7 +125,7 @@ def explain_pair(
     _check_batches(a, b)
 
     def side(images: Tensor) -> _Side:
-        one = MapPass(encoder, [layer], chosen, reshape_transform, regions=1)
+        one = MapPass(encoder, [layer], chosen, reshape_transform, regions=1, smooth=smooth)
         return _Side(encoder, one, images, pooled=embedding == "pooled")
 
     with eval_mode(encoder):

@@ -50,6 +50,8 @@ class LayerFam(LayerAttribution):
             :func:`~fam_plugins.channels_last_to_map` for Swin's ``[B, h, w, C]``. A
             function of your own must only move, select or reshape values, because the gradient
             goes through it too; it gets a tuple if the layer gives several tensors.
+        smooth: Average each region with its neighbours, weights ``[1, 2, 1]ᵀ [1, 2, 1] / 16``:
+            steadier maps whose sums stay. Recommended with ``rule="centred"`` and a contrast set.
 
     Raises:
         TypeError: If ``rule`` or ``reshape_transform`` is of no such kind.
@@ -76,12 +78,14 @@ class LayerFam(LayerAttribution):
         *,
         rule: str | Rule | None = None,
         reshape_transform: Transform | str | None = "auto",
+        smooth: bool = False,
     ) -> None:
         super().__init__(forward_func, layer, device_ids)
         self.rule: str | Rule = choose_rule(rule)
         if not isinstance(reshape_transform, str) or reshape_transform != "auto":
             check_transform(reshape_transform)
         self.reshape_transform = reshape_transform
+        self.smooth = smooth
 
     @log_usage()
     def attribute(
@@ -253,7 +257,12 @@ class LayerFam(LayerAttribution):
 
     def _pass(self, at_input: bool = False) -> MapPass:
         return MapPass(
-            self.forward_func, [self.layer], self.rule, self.reshape_transform, at_input=at_input
+            self.forward_func,
+            [self.layer],
+            self.rule,
+            self.reshape_transform,
+            at_input=at_input,
+            smooth=self.smooth,
         )
 
 

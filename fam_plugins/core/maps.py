@@ -18,6 +18,7 @@ from fam_plugins.core.layer_pass import LayerPass, LayerTensors, fits_image
 from fam_plugins.core.messages import warn_user
 from fam_plugins.core.rules import RULES, Rule, find_rule
 from fam_plugins.core.scores import ACTIVE, Frozen, frozen_scores, full_precision
+from fam_plugins.core.smooth import smoothed
 from fam_plugins.core.transforms import Transform, transform_for
 
 __all__ = ["MapPass", "batch_size", "check_finite"]
@@ -30,7 +31,8 @@ class MapPass:
 
     ``transform`` rearranges what a layer gives (a tuple where it gives several tensors) into
     ``[B, C, ...]``; ``"auto"`` reads from the shapes of the pass whether that is needed. A map must
-    have ``regions`` dimensions of regions or more; with any, there is one map per layer.
+    have ``regions`` dimensions of regions or more; with any, there is one map per layer. ``smooth``
+    averages every map with its neighbours.
 
     After :meth:`run`, ``activations`` holds the maps ``[B, C, ...]`` of each layer, detached; after
     :meth:`maps`, ``scores`` holds what was explained.
@@ -55,10 +57,12 @@ class MapPass:
         *,
         at_input: bool = False,
         regions: int = 0,
+        smooth: bool = False,
     ) -> None:
         self.rule = rule if isinstance(rule, Rule) else find_rule(rule)
         self.activations: list[LayerTensors] = []
         self._model, self._regions, self._at_input = model, regions, at_input
+        self._smooth = smooth
         self._pass = LayerPass(model, layers, at_input=at_input)
         self._given: Transform | str | None = transform
         self._transforms: list[Transform | None] = []
@@ -236,8 +240,10 @@ class MapPass:
         regions = activation.flatten(2) if activation.dim() > 2 else activation[..., None]
         with torch.no_grad(), full_precision(activation.device):
             maps = self.rule.apply(regions.to(wide), gradients.to(wide), sum_channels=sum_channels)
-        shape = (*maps.shape[:3], *activation.shape[2:])
-        return check_finite(maps.to(activation.dtype).reshape(shape).contiguous())
+            maps = maps.reshape(*maps.shape[:3], *activation.shape[2:])
+            if self._smooth:
+                maps = smoothed(maps, activation.dim() - 2)
+        return check_finite(maps.to(activation.dtype).contiguous())
 
 
 def batch_size(inputs: Any) -> int:
