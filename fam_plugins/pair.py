@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fam_plugins.core.eval_mode import eval_mode
+from fam_plugins.core.joint import LinearTail, joint_shares
 from fam_plugins.core.maps import MapPass
 from fam_plugins.core.references import embed_once
 from fam_plugins.core.rules import Rule, find_rule
@@ -36,6 +37,9 @@ class PairExplanation:
             :class:`~fam_plugins.LayerFam`. Zero to rounding behind pooling or a linear head,
             otherwise the first-order error. ``None`` unless asked for.
         delta_b: The same for ``map_b``.
+        joint: ``[B, Ra + 1, Rb + 1]``: the score by regions of ``a`` times regions of ``b``, both
+            row by row. The last row and column hold the constants (biases of a head), zero where
+            there are none. ``None`` unless asked for.
     """
 
     map_a: Tensor
@@ -45,6 +49,7 @@ class PairExplanation:
     difference_b: Tensor | None = None
     delta_a: Tensor | None = None
     delta_b: Tensor | None = None
+    joint: Tensor | None = None
 
 
 def explain_pair(
@@ -61,6 +66,7 @@ def explain_pair(
     reshape_transform: Transform | str | None = "auto",
     smooth: bool = False,
     return_convergence_delta: bool = False,
+    joint: bool = False,
 ) -> PairExplanation:
     """Explain the similarity of two images in both of them, from one forward pass of each.
 
@@ -93,6 +99,11 @@ def explain_pair(
         smooth: Average each region with its neighbours, as in :class:`~fam_plugins.LayerFam`.
         return_convergence_delta: Also return how far each map is from adding up, at the price of
             a second forward pass of each image. For rules that add up, such as ``"additive"``.
+        joint: Also split the plain similarity, whatever rule, contrast or smoothing say, over pairs
+            of regions: rows and columns sum to the additive maps, everything to the score. Exact
+            behind pooling or any linear tail, and refused elsewhere. One matrix product for the
+            mean of the layer's map, otherwise a step through the tail per dimension and a forward
+            pass of one image that proves it linear. This package's own.
 
     Returns:
         The maps and scores, in the dtype of the encoder.
@@ -103,7 +114,7 @@ def explain_pair(
         TypeError: If the encoder, the layer or the images are not what they should be.
         ValueError: On an unknown rule, similarity, layer or ``embedding``; batches that are empty
             or differ in length; embeddings that cannot be compared; a delta asked of a rule that
-            does not add up.
+            does not add up; ``joint`` of a tail or a similarity that is not linear.
 
     Example:
         >>> encoder = nn.Sequential(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
@@ -120,6 +131,11 @@ def explain_pair(
         raise ValueError(
             f'rule "{chosen.name}" does not add up to the score, so it has no convergence delta: '
             'use rule="additive"'
+        )
+    if joint and how.linear is None:
+        raise ValueError(
+            f"joint= splits the linear form of a similarity, and {how.name!r} has none: use "
+            '"cosine", "dot", "sqeuclidean" or "euclidean"'
         )
     check_transform(reshape_transform)
     _check_batches(a, b)
@@ -148,9 +164,15 @@ def explain_pair(
                 deltas.append(this.delta(alike, maps[-1]))
             if difference:
                 differences.append(this.explain(_apart(how, this.point, other.point)))
+        pairs = None
+        if joint:
+            alike_a, alike_b = _pairwise(how, two.point), _pairwise(how, one.point)
+            pairs = joint_shares(one.tail(), two.tail(), alike_a, alike_b)
     difference_a, difference_b = differences or (None, None)
     delta_a, delta_b = deltas or (None, None)
-    return PairExplanation(maps[0], maps[1], value, difference_a, difference_b, delta_a, delta_b)
+    return PairExplanation(
+        maps[0], maps[1], value, difference_a, difference_b, delta_a, delta_b, pairs
+    )
 
 
 class _Side:
@@ -168,6 +190,11 @@ class _Side:
         """The map ``[B, 1, ...]`` of a score ``[B]`` of the embedding."""
         ((found,),) = self._one.maps(lambda: of(self._embedding), retain_graph=True)
         return found
+
+    def tail(self) -> LinearTail:
+        """What follows the layer, refused unless it is linear."""
+        first = None if self._pooled else lambda: embed(self._encoder, self._images[:1])
+        return LinearTail(self._one, self._embedding, first)
 
     def delta(self, of: Callable[[Tensor], Tensor], found: Tensor) -> Tensor:
         """How far the map of the score that was explained last is from adding up, ``[B]``."""

@@ -163,13 +163,45 @@ class MapPass:
         Costs a second forward pass: ``forward`` runs the model anew and selects the scores. Dropout
         draws what it drew in the first pass.
         """
-        zeros = LayerPass(self._model, self._pass.layers, at_input=self._at_input, zeros=True)
+        with self.replayed():
+            return self._again(forward, torch.zeros_like)[0]
+
+    def is_affine(self, end: Tensor, forward: Callable[[], Tensor]) -> bool:
+        """Whether ``end``, which :meth:`run` returned, is affine in the one layer.
+
+        ``forward`` runs the model on the first image alone. The layer then gives its values negated
+        and unevenly stretched, which no ReLU and no norm answers as its gradient predicts.
+        """
+
+        def uneven(given: Tensor) -> Tensor:
+            waves = torch.arange(given.numel(), device=given.device).to(given).sin()
+            some = given if given.any() else torch.ones_like(given)
+            return -(1.5 + waves.reshape(given.shape)) * some
+
+        probe = 1 + uneven(torch.ones_like(end.detach()))
+        gradients = self._pass.gradients(end, probe[None], retain_graph=True)[0]
+        with torch.no_grad():
+            other, elsewhere = self._again(forward, uneven)
+            moves = [(probe[:1], end[:1] - other)]
+            for before, after, gradient in zip(
+                self._pass.tracked[0], elsewhere, gradients, strict=True
+            ):
+                moves.append((gradient[0, :1], after - before[:1]))
+            gap = torch.stack([(one * move).sum() for one, move in moves]).sum().abs()
+            allowed = torch.stack([one.norm() * move.norm() for one, move in moves]).sum()
+        return bool(gap <= 16 * torch.finfo(end.dtype).eps * allowed < torch.inf)
+
+    def _again(
+        self, forward: Callable[[], Tensor], replace: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, LayerTensors]:
+        """A second pass with the same draws, and what the one layer was made to give in it."""
+        again = LayerPass(self._model, self._pass.layers, at_input=self._at_input, replace=replace)
         cpu, cuda = self._draws
-        with self.replayed(), torch.random.fork_rng(range(len(cuda))):
+        with torch.random.fork_rng(range(len(cuda))):
             torch.set_rng_state(cpu)
             if cuda:
                 torch.cuda.set_rng_state_all(cuda)
-            return zeros.run(forward)
+            return again.run(forward), again.tracked[0]
 
     def replayed(self) -> AbstractContextManager[object]:
         """Within the block, scores are the linear functions that :meth:`maps` explained."""
