@@ -13,6 +13,7 @@ from fam_plugins.core.contrast import Contrast, GalleryMean, reduced
 from fam_plugins.core.eval_mode import eval_mode
 from fam_plugins.core.joint import LinearTail, joint_shares
 from fam_plugins.core.maps import MapPass
+from fam_plugins.core.messages import warn_once
 from fam_plugins.core.references import embed_contrast
 from fam_plugins.core.rules import Rule, find_rule
 from fam_plugins.core.scores import check_embeddings, check_floats, embed, score
@@ -92,7 +93,8 @@ def explain_pair(
             :class:`~fam_plugins.Rule`.
         contrast: Embeddings ``[M, D]``, images or :func:`~fam_plugins.gallery_mean`: the mean
             similarity to them is subtracted from the score of each image. Images are a further
-            forward pass.
+            forward pass. Pass ``gallery_mean(encoder, loader)``: without a contrast, maps on pooled
+            ReLU features are near chance (a warning says so once per process).
         difference: Also explain what separates the two.
         embedding: ``"model"``: what the encoder returns. ``"pooled"``: the mean of the layer's map
             over its regions, whatever head follows: what contrastive models are evaluated on.
@@ -141,6 +143,11 @@ def explain_pair(
         )
     check_transform(reshape_transform)
     _check_batches(a, b)
+    if contrast is None:
+        warn_once(
+            "contrast= is left out: on pooled ReLU features the maps of a pair are then near "
+            "chance. Pass contrast=gallery_mean(encoder, loader) of a few hundred of your images."
+        )
 
     def side(images: Tensor) -> _Side:
         one = MapPass(encoder, [layer], chosen, reshape_transform, regions=1, smooth=smooth)

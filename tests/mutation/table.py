@@ -100,13 +100,12 @@ RULES = of(
     ("return gradients.mean(dim=3, keepdim=True)", "return gradients.sum(dim=3, keepdim=True)"),
     ("maps - maps.mean(dim=-1, keepdim=True)", "maps - maps.mean()"),
     ("if shape not in ((*wanted, 1), (*wanted, regions)):", "if shape[:-1] != wanted:"),
-    ("_warned = True", "pass"),
-    ('Rule("centred", _gradient, centred=True)', 'Rule("centred", _gradient)'),
+    ('Rule("centred", _gradient, centred=True,', 'Rule("centred", _gradient,'),
 )  # fmt: skip
 RULES += of(
     "core/rules.py",
     "contracts/test_identities.py",
-    ('Rule("gradcam", _mean_gradient, frozen=False)', 'Rule("gradcam", _mean_gradient)'),
+    ('Rule("gradcam", _mean_gradient, frozen=False,', 'Rule("gradcam", _mean_gradient,'),
 )
 
 MAPS = of(
