@@ -6,7 +6,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from captum.attr import LayerAttribution
 from captum.log import log_usage
@@ -167,21 +166,11 @@ class LayerFam(LayerAttribution):
     ) -> Decomposition:
         """Split each image's score into its regions and every constant, by name.
 
-        Under a rule that adds up; with any other, ``"additive"`` takes its place. Two forward
-        passes.
-
-        Args:
-            inputs: As for :meth:`attribute`, and so on.
-            target: As for :meth:`attribute`.
-            additional_forward_args: As for :meth:`attribute`.
-            attribute_to_layer_input: As for :meth:`attribute`.
+        Arguments and errors are those of :meth:`attribute`. Under a rule that does not add up,
+        ``"additive"`` takes its place. Two forward passes.
 
         Returns:
-            Maps, parts, score, gap and coverage
-            (:class:`~fam_plugins.core.decompose.Decomposition`).
-
-        Raises:
-            ValueError: As for :meth:`attribute`.
+            A :class:`~fam_plugins.core.decompose.Decomposition`: maps, parts, score, gap, coverage.
 
         Example:
             >>> import torch
@@ -191,10 +180,8 @@ class LayerFam(LayerAttribution):
             ... )
             >>> explainer = LayerFam(SimilarityModel(encoder, torch.eye(3)), "0", rule="centred")
             >>> found = explainer.decompose(torch.rand(2, 3, 4, 4), target=1)
-            >>> list(found.parts), found.maps.shape
-            (['regions', 'bias'], torch.Size([2, 1, 4, 4]))
-            >>> bool((found.gap.abs() < 1e-6).all())
-            True
+            >>> list(found.parts), bool((found.gap.abs() < 1e-6).all())
+            (['regions', 'bias'], True)
         """
         own = find_rule(self.rule)
         one = self._pass(attribute_to_layer_input, own if own.adds_up else find_rule("additive"))
@@ -202,19 +189,15 @@ class LayerFam(LayerAttribution):
         scores = ModelScores(self.forward_func, pick, batch_size(inputs))
         forward = partial(run_forward, scores.forward, inputs, None, additional_forward_args)
         (maps,) = one.explain(forward, inputs, scores.select)
-        parts = {
-            "regions": region_sum(maps),
-            "bias": one.constant(lambda: scores.select(forward())),
-        }
+        constant = one.constant(lambda: scores.select(forward()))
+        parts = {"regions": region_sum(maps), "bias": constant}
         if scores.model is not None:
             nothing = one.scores.new_zeros(len(one.scores), scores.model.references.shape[1])
             with one.replayed():
                 offset = scores.select(nothing)
-            if offset.any():
-                parts |= {"bias": parts["bias"] - offset, "offset": offset}
-        gap = torch.stack(list(parts.values())).sum(dim=0) - one.scores
-        coverage = parts["regions"] / one.scores
-        return Decomposition(_shown(maps, False), parts, one.scores, gap, coverage)
+            if (offset.abs() > 1e-6 * one.scores.abs()).any():  # more than rounding
+                parts |= {"bias": constant - offset, "offset": offset}
+        return Decomposition.of(_shown(maps, False), parts, one.scores)
 
     @log_usage()
     def attribute_references(

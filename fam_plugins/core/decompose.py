@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from fam_plugins.core.layer_pass import LayerTensors
@@ -35,11 +36,19 @@ class Decomposition:
     gap: Tensor
     coverage: Tensor
 
+    @classmethod
+    def of(
+        cls, maps: Tensor | LayerTensors, parts: dict[str, Tensor], score: Tensor
+    ) -> Decomposition:
+        """Work out the gap and the coverage."""
+        gap = torch.stack(list(parts.values())).sum(dim=0) - score
+        return cls(maps, parts, score, gap, parts["regions"] / score)
 
-def region_sum(maps: Tensor | LayerTensors) -> Tensor:
-    """The sum of each image's maps, ``[B]``."""
+
+def region_sum(maps: Tensor | LayerTensors, leading: int = 1) -> Tensor:
+    """The sum of each image's maps, ``[B]``; of maps ``[B, k, ...]`` with 2 ``leading``."""
     parts = maps if isinstance(maps, tuple) else (maps,)
-    total: Tensor = sum(part.flatten(1).sum(dim=1) for part in parts)  # type: ignore[assignment]
+    total: Tensor = sum(p.flatten(leading).sum(dim=leading) for p in parts)  # type: ignore[assignment]
     return total
 
 
@@ -54,7 +63,6 @@ def warn_of_coverage(*sums_and_scores: tuple[Tensor, Tensor]) -> None:
             total, part = float(scores[where]), float(regions[where])
             warn_user(
                 f"the regions carry {part:.3g} of a score of {total:.3g} (image {where[0]}): read "
-                "the map as shares of that, not of the score. LayerFam.decompose names the rest; "
-                "a layer closer to the embedding, or a head without biases, leaves less of it"
+                "the map as shares of that; LayerFam.decompose names the rest"
             )
             return

@@ -91,14 +91,9 @@ def map_references(
         for of_layer in zip(*chunks, strict=True)
     ]
     if one.rule.adds_up:
-        sums = (region_sum(tuple(map(_by_score, maps))) for maps in found)
         total = torch.cat(explained, dim=1)
-        warn_of_coverage(*((each.reshape(total.shape), total) for each in sums))
+        warn_of_coverage(*((region_sum(maps, leading=2), total) for maps in found))
     return found
-
-
-def _by_score(maps: Tensor) -> Tensor:
-    return maps.flatten(0, 1)
 
 
 def as_indices(indices: Any, scores: ModelScores, batch: int, per_chunk: int) -> Tensor | None:
