@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from fam_plugins.core.contrast import Contrast, GalleryMean, reduced
+from fam_plugins.core.decompose import region_sum, warn_of_coverage
 from fam_plugins.core.eval_mode import eval_mode
 from fam_plugins.core.joint import LinearTail, joint_shares
 from fam_plugins.core.maps import MapPass
 from fam_plugins.core.messages import warn_once
 from fam_plugins.core.references import embed_contrast
-from fam_plugins.core.rules import Rule, find_rule
+from fam_plugins.core.rules import RULES, Rule, find_rule
 from fam_plugins.core.scores import check_embeddings, check_floats, embed, score
 from fam_plugins.core.similarity import Similarity, as_similarity
 from fam_plugins.core.transforms import Transform, check_transform
@@ -143,7 +144,7 @@ def explain_pair(
         )
     check_transform(reshape_transform)
     _check_batches(a, b)
-    if contrast is None:
+    if contrast is None and chosen is not RULES["fam"]:  # which a contrast would not help
         warn_once(
             "contrast= is left out: on pooled ReLU features the maps of a pair are then near "
             "chance. Pass contrast=gallery_mean(encoder, loader) of a few hundred of your images."
@@ -166,10 +167,11 @@ def explain_pair(
             check_embeddings(row, width=two.point.shape[1], what="contrast")
         with torch.no_grad():
             value = _pairwise(how, two.point)(one.point).clone()
-        maps, differences, deltas = [], [], []
+        maps, differences, deltas, shares = [], [], [], []
         for this, other in ((one, two), (two, one)):
             alike = _pairwise(how, other.point, against)
             maps.append(this.explain(alike))
+            shares.append((region_sum(maps[-1]), this.explained))
             if return_convergence_delta:
                 deltas.append(this.delta(alike, maps[-1]))
             if difference:
@@ -178,6 +180,8 @@ def explain_pair(
         if joint:
             alike_a, alike_b = _pairwise(how, two.point), _pairwise(how, one.point)
             pairs = joint_shares(one.tail(), two.tail(), alike_a, alike_b)
+    if chosen.adds_up:
+        warn_of_coverage(*shares)
     difference_a, difference_b = differences or (None, None)
     delta_a, delta_b = deltas or (None, None)
     return PairExplanation(
@@ -199,6 +203,7 @@ class _Side:
     def explain(self, of: Callable[[Tensor], Tensor]) -> Tensor:
         """The map ``[B, 1, ...]`` of a score ``[B]`` of the embedding."""
         ((found,),) = self._one.maps(lambda: of(self._embedding), retain_graph=True)
+        self.explained = self._one.scores
         return found
 
     def tail(self) -> LinearTail:
@@ -213,7 +218,7 @@ class _Side:
                 constant = of(torch.zeros_like(self.point))
         else:
             constant = self._one.constant(lambda: of(embed(self._encoder, self._images)))
-        return found.flatten(1).sum(dim=1) + constant - self._one.scores
+        return region_sum(found) + constant - self._one.scores
 
 
 def _pairwise(

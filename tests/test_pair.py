@@ -199,6 +199,7 @@ def test_leaving_the_contrast_out_warns_once_per_process_at_the_users_line():
         "with warnings.catch_warnings(record=True) as caught:\n"
         "    warnings.simplefilter('always')\n"
         "    explain_pair(net, '0', a, b, contrast=torch.rand(1, 3))\n"
+        "    explain_pair(net, '0', a, b, rule='fam')\n"
         "    print(len(caught))\n"
         "    explain_pair(net, '0', a, b)\n"
         "    explain_pair(net, '0', a, b, embedding='pooled')\n"
@@ -208,7 +209,7 @@ def test_leaving_the_contrast_out_warns_once_per_process_at_the_users_line():
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     before, where, message = out.stdout.splitlines()
     assert before == "0"
-    assert where == "1 <string> 10"
+    assert where == "1 <string> 11"
     assert "near chance" in message
     assert "contrast=gallery_mean(encoder, loader)" in message
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from fam_plugins.core.maps import MapPass, check_finite
+from fam_plugins.core.own_norm import hold_own_norm
 from fam_plugins.core.scores import frozen_scores, full_precision
 
 __all__ = ["LinearTail", "joint_shares"]
@@ -28,9 +29,16 @@ class LinearTail:
     def __init__(self, one: MapPass, end: Tensor, first: Callable[[], Tensor] | None) -> None:
         self.maps, self._one, self._end = one.activations[0][0].flatten(2), one, end
         self.regions, self.point = self.maps.shape[2], end.detach()
+        held = None if first is None else hold_own_norm(end)
+        ones = torch.ones_like(self.point[:, :1])
+        self.length = ones if held is None else held.to(ones).where(held > 0, ones)
         self.mean = first is None or self._is_mean()
         precise = end.dtype in (torch.float32, torch.float64)
-        if first is not None and not self.mean and not (precise and one.is_affine(end, first)):
+        if (
+            first is not None
+            and not self.mean
+            and not (precise and one.is_affine(end, self.length, first))
+        ):
             raise ValueError(
                 "joint= splits what is linear in the layer, and what follows it is not (a ReLU, a "
                 f"norm, attention?), or not provably in {end.dtype}: explain a later layer, in "
@@ -43,7 +51,9 @@ class LinearTail:
         Of a mean, any number at a time; otherwise one. Times a ``scale`` ``[B, 1, 1]``.
         """
         if self.mean:
-            return F.pad(self.maps[:, start:stop] * (scale / self.regions), (0, 1))
+            return F.pad(
+                self.maps[:, start:stop] * (scale / (self.length[..., None] * self.regions)), (0, 1)
+            )
         direction = torch.zeros_like(self.point)
         direction[:, start] = 1
         gradient = self._gradient(direction)
@@ -60,9 +70,9 @@ class LinearTail:
             return False
         size = vector_norm(self.maps, 1, dim=2).amax(dim=1, keepdim=True) / self.regions
         probe = torch.arange(self.point.shape[1], device=size.device).to(size).cos()
-        if _unless_rounding(self.maps.mean(dim=2) - self.point, size).any():
+        if _unless_rounding(self.maps.mean(dim=2) - self.point * self.length, size).any():
             return False
-        gap = self._gradient(probe.expand_as(self.point)) - probe[:, None] / self.regions
+        gap = self._gradient(probe * self.length) - probe[:, None] / self.regions
         furthest = vector_norm(gap, torch.inf, dim=(1, 2))
         return not _unless_rounding(furthest, 1 / self.regions).any()
 

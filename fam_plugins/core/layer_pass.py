@@ -146,7 +146,7 @@ class LayerPass:
     def _start(self, tensor: Tensor) -> Tensor:
         """Turn on autograd from this tensor on, or stay in the graph of an earlier layer."""
         if self._replace is not None:
-            return self._replace(tensor)
+            tensor = self._replace(tensor)
         if not self._differentiate:
             return tensor
         torch.set_grad_enabled(True)

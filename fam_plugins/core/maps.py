@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fam_plugins.core.layer_pass import LayerPass, LayerTensors, fits_image
 from fam_plugins.core.messages import warn_user
+from fam_plugins.core.own_norm import hold_own_norm
 from fam_plugins.core.rules import RULES, Rule, find_rule
 from fam_plugins.core.scores import ACTIVE, Frozen, frozen_scores, full_precision
 from fam_plugins.core.smooth import smoothed
@@ -164,25 +165,28 @@ class MapPass:
         draws what it drew in the first pass.
         """
         with self.replayed():
-            return self._again(forward, torch.zeros_like)[0]
+            return self._again(forward, torch.zeros_like)[0].detach()
 
-    def is_affine(self, end: Tensor, forward: Callable[[], Tensor]) -> bool:
+    def is_affine(self, end: Tensor, length: Tensor, forward: Callable[[], Tensor]) -> bool:
         """Whether ``end``, which :meth:`run` returned, is affine in the one layer.
 
-        ``forward`` runs the model on the first image alone. The layer then gives its values negated
-        and unevenly stretched, which no ReLU and no norm answers as its gradient predicts.
+        A norm of the encoder's own is set aside: ``length`` ``[B, 1]`` is what it divided by.
+        ``forward`` runs the model on the first image alone, whose layer then gives its values
+        negated and unevenly stretched, a hundredfold so that no bias keeps a ReLU from turning.
         """
 
         def uneven(given: Tensor) -> Tensor:
             waves = torch.arange(given.numel(), device=given.device).to(given).sin()
             some = given if given.any() else torch.ones_like(given)
-            return -(1.5 + waves.reshape(given.shape)) * some
+            return -100 * (1.5 + waves.reshape(given.shape)) * some
 
-        probe = 1 + uneven(torch.ones_like(end.detach()))
-        gradients = self._pass.gradients(end, probe[None], retain_graph=True)[0]
+        probe = 1.5 + uneven(torch.ones_like(end.detach())) / 100
+        gradients = self._pass.gradients(end, (probe * length)[None], retain_graph=True)[0]
+        other, elsewhere = self._again(forward, uneven)
         with torch.no_grad():
-            other, elsewhere = self._again(forward, uneven)
-            moves = [(probe[:1], end[:1] - other)]
+            held = hold_own_norm(other)
+            other = other if held is None else other * held.to(other)
+            moves = [(probe[:1], (end * length)[:1] - other)]
             for before, after, gradient in zip(
                 self._pass.tracked[0], elsewhere, gradients, strict=True
             ):

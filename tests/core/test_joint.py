@@ -148,6 +148,27 @@ def test_whatever_rule_contrast_and_smoothing_say_the_plain_similarity_is_split(
         torch.testing.assert_close(plain.joint[:, :-1, :-1], expected, **EXACT)
 
 
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+@pytest.mark.parametrize("name", TAILS)
+def test_a_norm_of_the_encoders_own_is_held_constant_as_in_the_maps(name, similarity):
+    net = network(name)
+    parts_a, parts_b = one_region_at_a_time(net, A), one_region_at_a_time(net, B)
+    plain = explain_pair(net, "last", A, B, joint=True).joint
+    net.tail = nn.Sequential(net.tail, Unit())
+    pair = explain_pair(net, "last", A, B, similarity=similarity, joint=True)
+    torch.testing.assert_close(pair.joint[:, :-1].sum(2), pair.map_a.flatten(1), **EXACT)
+    torch.testing.assert_close(pair.joint[:, :, :-1].sum(1), pair.map_b.flatten(1), **EXACT)
+    torch.testing.assert_close(pair.joint.sum((1, 2)), pair.score, **EXACT)
+    if similarity in ("cosine", "dot"):
+        torch.testing.assert_close(pair.joint, plain, **EXACT)
+    else:
+        inner = torch.einsum("bid,bjd->bij", parts_a[:, :-1], parts_b[:, :-1])
+        lengths = parts_a.sum(1).norm(dim=1) * parts_b.sum(1).norm(dim=1)
+        factor = 2 if similarity == "sqeuclidean" else -1 / pair.score
+        expected = inner * (factor / lengths)[:, None, None]
+        torch.testing.assert_close(pair.joint[:, :-1, :-1], expected, **EXACT)
+
+
 def test_a_batch_is_its_pairs_and_swapping_transposes():
     for name in TAILS:
         net = network(name)
@@ -168,11 +189,17 @@ NON_LINEAR = {
     "tanh": lambda: pooling(nn.Tanh()),
     "gelu": lambda: pooling(nn.GELU()),
     "layer norm": lambda: pooling(nn.LayerNorm(6)),
-    "unit length": lambda: pooling(Unit()),
+    "unit length within": lambda: pooling(Unit(), nn.Linear(6, 4)),
+    "a bias that keeps ReLUs open": lambda: pooling(Up(), nn.ReLU()),
     "largest": lambda: nn.Sequential(nn.AdaptiveMaxPool2d(1), nn.Flatten()),
     "root mean square": lambda: RootMeanSquare(),
     "times its length": lambda: pooling(TimesLength()),
 }
+
+
+class Up(nn.Module):
+    def forward(self, z):
+        return z + 5
 
 
 class Unit(nn.Module):
@@ -191,10 +218,11 @@ class TimesLength(nn.Module):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("normalised", [False, True])
 @pytest.mark.parametrize("name", NON_LINEAR)
-def test_a_tail_that_is_not_linear_is_found_out(name, dtype):
+def test_a_tail_that_is_not_linear_is_found_out(name, normalised, dtype):
     torch.manual_seed(0)
-    net = Signed(NON_LINEAR[name]()).eval().to(dtype)
+    net = Signed(nn.Sequential(NON_LINEAR[name](), *([Unit()] if normalised else []))).to(dtype)
     a, b = A.to(dtype), B.to(dtype)
     for one, other in ((a, b), (a, a), (a[:1], a[:1]), (0 * a, 0 * a)):
         with pytest.raises(ValueError, match='what follows it is not.*embedding="pooled"'):
