@@ -190,7 +190,7 @@ def test_gallery_mean_takes_loaders_and_arrays(similarity, tmp_path):
 
 
 def test_a_gallery_on_disk_is_read_in_parts(tmp_path, monkeypatch):
-    monkeypatch.setattr("fam_plugins.core.references.embed_once", lambda *_, **__: pytest.fail())
+    monkeypatch.setattr("fam_plugins.core.references.embed_once", lambda *_: pytest.fail("read"))
     np.save(tmp_path / "rows.npy", rows(9, 0).numpy())
     mean = gallery_mean(np.load(tmp_path / "rows.npy", mmap_mode="r"), similarity="dot")
     close(mean.row[0], rows(9, 0).mean(dim=0))

@@ -258,7 +258,8 @@ OTHERS_OF_CORE = [
     ),
     *of(
         "core/similarity_model.py",
-        "core/test_similarity_model.py core/test_many.py core/test_gallery.py core/test_contrast.py",
+        "core/test_similarity_model.py core/test_many.py core/test_gallery.py "
+        "core/test_contrast.py",
         ("similarity=similarity,\n            contrast=contrast,\n            chunk_size",
          "similarity=similarity,\n            chunk_size"),
         ('embed_once(encoder, given, "supports", chunk_size)',
