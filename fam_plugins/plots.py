@@ -340,7 +340,7 @@ class _Overlay:
     ) -> None:
         """Add the colour bar of the last map beside the given axes."""
         if label is None:
-            label = "attribution" if rule is None else fill(find_rule(rule).unit, 16)
+            label = "attribution" if rule is None else fill(find_rule(rule).unit, 18)
         figure.colorbar(self._drawn, ax=axes, label=label, shrink=0.8)
 
 

@@ -153,7 +153,7 @@ def test_the_colour_bar_names_the_unit(plot):
     assert shown(rule="additive") == "share of the score"
     for name, rule in RULES.items():
         assert shown(rule=name).split() == shown(rule=rule).split() == rule.unit.split()
-    assert max(map(len, shown(rule="centred").splitlines())) <= 16
+    assert max(map(len, shown(rule="centred").splitlines())) <= 18
     assert shown(rule=Rule("mine", lambda a, g: g)) == "attribution"
     assert shown(rule=Rule("mine", lambda a, g: g, unit="volts")) == "volts"
     assert shown(rule="centred", label="less its mean") == "less its mean"
