@@ -422,3 +422,18 @@ def test_on_cuda(name):
     expected = explain_pair(net, "last", A, B, joint=True).joint
     found = explain_pair(net.cuda(), "last", A.cuda(), B.cuda(), joint=True).joint
     torch.testing.assert_close(found.cpu(), expected, **EXACT)
+
+
+def test_a_mean_of_more_channels_than_regions_is_taken_in_parts(monkeypatch):
+    def watched(*args):
+        with watch:
+            return real(*args)
+
+    real, watch = core.joint_shares, Largest()
+    monkeypatch.setattr("fam_plugins.pair.joint_shares", watched)
+    net = nn.Sequential(nn.Identity(), *pooling()).eval()
+    a, b = torch.rand(2, 300, 8, 8, generator=G), torch.rand(2, 300, 7, 9, generator=G)
+    pair = explain_pair(net, "0", a, b, joint=True)
+    # The activations themselves are 2 * 300 * 64.
+    assert watch.values == pair.joint.numel() == 2 * 65 * 64
+    torch.testing.assert_close(pair.joint.sum((1, 2)), pair.score)
