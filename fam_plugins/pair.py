@@ -13,7 +13,7 @@ from fam_plugins.core.contrast import Contrast, GalleryMean, reduced
 from fam_plugins.core.decompose import region_sum, warn_of_coverage
 from fam_plugins.core.eval_mode import eval_mode
 from fam_plugins.core.joint import LinearTail, joint_shares
-from fam_plugins.core.maps import MapPass
+from fam_plugins.core.maps import MapPass, check_tail
 from fam_plugins.core.messages import warn_once
 from fam_plugins.core.references import embed_contrast
 from fam_plugins.core.rules import RULES, Rule, find_rule
@@ -68,6 +68,7 @@ def explain_pair(
     embedding: Literal["model", "pooled"] = "model",
     reshape_transform: Transform | str | None = "auto",
     smooth: bool = False,
+    tail: str | None = None,
     return_convergence_delta: bool = False,
     joint: bool = False,
 ) -> PairExplanation:
@@ -102,8 +103,9 @@ def explain_pair(
         reshape_transform: Rearranges what the layer gives into ``[B, C, h, w]``, as in
             :class:`~fam_plugins.LayerFam`.
         smooth: Average each region with its neighbours, as in :class:`~fam_plugins.LayerFam`.
+        tail: What is held constant behind the layer, as in :class:`~fam_plugins.LayerFam`.
         return_convergence_delta: Also return how far each map is from adding up, at the price of
-            a second forward pass of each image. For rules that add up, such as ``"additive"``.
+            a second forward pass of each image with ``tail="true"``. For rules that add up.
         joint: Also split the plain similarity, whatever rule, contrast or smoothing say, over pairs
             of regions: rows and columns sum to the additive maps, everything to the score. Exact
             behind pooling or any linear tail, and refused elsewhere. One matrix product for the
@@ -143,6 +145,7 @@ def explain_pair(
             '"cosine", "dot", "sqeuclidean" or "euclidean"'
         )
     check_transform(reshape_transform)
+    check_tail(tail)
     _check_batches(a, b)
     if contrast is None and chosen is not RULES["fam"]:  # which a contrast would not help
         warn_once(
@@ -151,7 +154,9 @@ def explain_pair(
         )
 
     def side(images: Tensor) -> _Side:
-        one = MapPass(encoder, [layer], chosen, reshape_transform, regions=1, smooth=smooth)
+        one = MapPass(
+            encoder, [layer], chosen, reshape_transform, regions=1, smooth=smooth, tail=tail
+        )
         return _Side(encoder, one, images, pooled=embedding == "pooled")
 
     with eval_mode(encoder):
@@ -213,9 +218,10 @@ class _Side:
 
     def delta(self, of: Callable[[Tensor], Tensor], found: Tensor) -> Tensor:
         """How far the map of the score that was explained last is from adding up, ``[B]``."""
-        if self._pooled:
+        if self._pooled or self._one.held is not None:
             with self._one.replayed(), torch.no_grad():
                 constant = of(torch.zeros_like(self.point))
+            constant = sum(self._one.constants.values(), constant)
         else:
             constant = self._one.constant(lambda: of(embed(self._encoder, self._images)))
         return region_sum(found) + constant - self._one.scores

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from captum.attr import LayerAttribution
 from captum.log import log_usage
@@ -15,7 +16,7 @@ from fam_plugins.captum.targets import TensorOrTensors, batch_size, run_forward,
 from fam_plugins.core.decompose import Decomposition, region_sum, warn_of_coverage
 from fam_plugins.core.layer_pass import LayerTensors
 from fam_plugins.core.many import as_indices, map_references
-from fam_plugins.core.maps import MapPass
+from fam_plugins.core.maps import MapPass, check_tail
 from fam_plugins.core.rules import Rule, choose_rule, find_rule
 from fam_plugins.core.similarity_model import ModelScores
 from fam_plugins.core.transforms import Transform, check_transform
@@ -53,6 +54,10 @@ class LayerFam(LayerAttribution):
             goes through it too; it gets a tuple if the layer gives several tensors.
         smooth: Average each region with its neighbours, weights ``[1, 2, 1]ᵀ [1, 2, 1] / 16``:
             steadier maps whose sums stay. Recommended with ``rule="centred"`` and a contrast set.
+        tail: What is held constant behind the layer, so that shares add up there too: ``"frozen"``
+            (norms, attention weights and gates, :func:`~fam_plugins.frozen_tail`; the default of
+            ``additive`` and ``centred``), ``"norms"``, or ``"true"`` (nothing; the default of the
+            others). Behind pooling and linear layers all three are the same.
 
     Raises:
         TypeError: If ``rule`` or ``reshape_transform`` is of no such kind.
@@ -80,6 +85,7 @@ class LayerFam(LayerAttribution):
         rule: str | Rule | None = None,
         reshape_transform: Transform | str | None = "auto",
         smooth: bool = False,
+        tail: str | None = None,
     ) -> None:
         super().__init__(forward_func, layer, device_ids)
         self.rule: str | Rule = choose_rule(rule)
@@ -87,6 +93,7 @@ class LayerFam(LayerAttribution):
             check_transform(reshape_transform)
         self.reshape_transform = reshape_transform
         self.smooth = smooth
+        self.tail = check_tail(tail)
 
     @log_usage()
     def attribute(
@@ -114,7 +121,8 @@ class LayerFam(LayerAttribution):
             attr_dim_summation: Sum over the channels; ``False`` keeps the full layer shape.
             grad_kwargs: Passed on to :func:`torch.autograd.grad`.
             return_convergence_delta: With a rule that adds up, such as ``"additive"``: also return
-                how far each map is from adding up, at the price of a second forward pass.
+                how far each map is from adding up; with ``tail="true"``, at the price of a second
+                forward pass.
 
         Returns:
             Maps ``[B, 1, h, w]`` (``[B, 1]`` for a ``[B, F]`` layer), signed and not normalised,
@@ -153,8 +161,7 @@ class LayerFam(LayerAttribution):
             warn_of_coverage((region_sum(maps), one.scores))
         if not return_convergence_delta:
             return result
-        constant = one.constant(lambda: scores.select(forward()))
-        return result, region_sum(maps) + constant - one.scores
+        return result, Decomposition.of(maps, _parts(one, maps, scores, forward), one.scores).gap
 
     @log_usage()
     def decompose(
@@ -167,7 +174,7 @@ class LayerFam(LayerAttribution):
         """Split each image's score into its regions and every constant, by name.
 
         Arguments and errors are those of :meth:`attribute`. Under a rule that does not add up,
-        ``"additive"`` takes its place. Two forward passes.
+        ``"additive"`` takes its place. A second forward pass with ``tail="true"`` only.
 
         Returns:
             A :class:`~fam_plugins.core.decompose.Decomposition`: maps, parts, score, gap, coverage.
@@ -189,14 +196,7 @@ class LayerFam(LayerAttribution):
         scores = ModelScores(self.forward_func, pick, batch_size(inputs))
         forward = partial(run_forward, scores.forward, inputs, None, additional_forward_args)
         (maps,) = one.explain(forward, inputs, scores.select)
-        constant = one.constant(lambda: scores.select(forward()))
-        parts = {"regions": region_sum(maps), "bias": constant}
-        if scores.model is not None:
-            nothing = one.scores.new_zeros(len(one.scores), scores.model.references.shape[1])
-            with one.replayed():
-                offset = scores.select(nothing)
-            if (offset.abs() > 1e-6 * one.scores.abs()).any():  # more than rounding
-                parts |= {"bias": constant - offset, "offset": offset}
+        parts = _parts(one, maps, scores, forward)
         return Decomposition.of(_shown(maps, False), parts, one.scores)
 
     @log_usage()
@@ -310,7 +310,27 @@ class LayerFam(LayerAttribution):
             self.reshape_transform,
             at_input=at_input,
             smooth=self.smooth,
+            tail=self.tail,
         )
+
+
+def _parts(
+    one: MapPass, maps: LayerTensors, scores: ModelScores, forward: Callable[[], Any]
+) -> dict[str, Tensor]:
+    """The scores of a pass by name: regions, and every constant."""
+    offset = torch.zeros_like(one.scores)
+    if scores.model is not None:
+        nothing = one.scores.new_zeros(len(one.scores), scores.model.references.shape[1])
+        with one.replayed():
+            offset = scores.select(nothing)
+    parts = {"regions": region_sum(maps)}
+    if one.held is None:
+        parts["bias"] = one.constant(lambda: scores.select(forward())) - offset
+    else:
+        parts |= one.constants
+    if (offset.abs() > 1e-6 * one.scores.abs()).any():  # more than rounding
+        parts["offset"] = offset
+    return parts
 
 
 def _shown(maps: LayerTensors, relu: bool) -> TensorOrTensors:

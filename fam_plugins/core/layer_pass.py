@@ -83,22 +83,28 @@ class LayerPass:
         return output
 
     def gradients(
-        self, output: Tensor, cotangents: Tensor, **grad_kwargs: Any
+        self,
+        output: Tensor,
+        cotangents: Tensor,
+        also: Sequence[Tensor] | None = None,
+        **grad_kwargs: Any,
     ) -> list[list[Tensor]]:
         """Differentiate sums of an output weighed by cotangents ``[c, *output.shape]``.
 
-        Returns one list per layer, of tensors ``[c, ...]`` shaped behind ``c`` as in ``tracked``.
+        Returns one list per layer, of tensors ``[c, ...]`` shaped behind ``c`` as in ``tracked``,
+        and one more for the tensors of ``also``, if given.
         """
         if not output.requires_grad:
             raise RuntimeError(_cut_off(self.names[0]))
-        flat = [tensor for tensors in self.tracked for tensor in tensors]
+        asked = self.tracked if also is None else [*self.tracked, tuple(also)]
+        flat = [tensor for tensors in asked for tensor in tensors]
         with torch.inference_mode(False), torch.enable_grad():
             products_of = iter(products(output, flat, cotangents, **grad_kwargs))
         found = []
-        for name, tensors in zip(self.names, self.tracked, strict=True):
+        for index, tensors in enumerate(asked):
             grads = [next(products_of) for _ in tensors]
-            if all(grad is None for grad in grads):
-                raise RuntimeError(_cut_off(name))
+            if index < len(self.names) and all(grad is None for grad in grads):
+                raise RuntimeError(_cut_off(self.names[index]))
             # A layer may give several tensors of which the score uses only some.
             found.append(
                 [

@@ -6,7 +6,7 @@ scores of what it returned into maps (``maps``); ``explain`` is both steps in on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, TypeVar
@@ -14,17 +14,26 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fam_plugins.core.frozen_tail import flat
 from fam_plugins.core.layer_pass import LayerPass, LayerTensors, fits_image
-from fam_plugins.core.messages import warn_user
+from fam_plugins.core.messages import unknown_name, warn_user
 from fam_plugins.core.own_norm import hold_own_norm
 from fam_plugins.core.rules import RULES, Rule, find_rule
 from fam_plugins.core.scores import ACTIVE, Frozen, frozen_scores, full_precision
 from fam_plugins.core.smooth import smoothed
+from fam_plugins.core.tail_constants import TailConstants
 from fam_plugins.core.transforms import Transform, transform_for
 
-__all__ = ["MapPass", "batch_size", "check_finite"]
+__all__ = ["TAILS", "MapPass", "batch_size", "check_finite", "check_tail"]
 
 T = TypeVar("T")
+
+TAILS: dict[str, dict[str, bool] | None] = {
+    "frozen": {},
+    "norms": {"attention": False, "gates": False},
+    "true": None,
+}
+"""What is held constant behind a layer, as options of :func:`~fam_plugins.frozen_tail`."""
 
 
 class MapPass:
@@ -33,10 +42,13 @@ class MapPass:
     ``transform`` rearranges what a layer gives (a tuple where it gives several tensors) into
     ``[B, C, ...]``; ``"auto"`` reads from the shapes of the pass whether that is needed. A map must
     have ``regions`` dimensions of regions or more; with any, there is one map per layer. ``smooth``
-    averages every map with its neighbours.
+    averages every map with its neighbours. ``tail`` says what is held constant behind the layers:
+    norms, attention weights and gates (``"frozen"``), ``"norms"``, or nothing (``"true"``); the
+    rule's choice if left out.
 
     After :meth:`run`, ``activations`` holds the maps ``[B, C, ...]`` of each layer, detached; after
-    :meth:`maps`, ``scores`` holds what was explained.
+    :meth:`maps`, ``scores`` holds what was explained, and behind a frozen tail ``constants`` what
+    no region carries of it, by name, ``[B]`` each.
 
     Example:
         >>> net = nn.Sequential(nn.ReLU(), nn.Flatten(), nn.Linear(4, 2))
@@ -48,6 +60,7 @@ class MapPass:
     """
 
     scores: Tensor
+    constants: dict[str, Tensor]
 
     def __init__(
         self,
@@ -59,8 +72,11 @@ class MapPass:
         at_input: bool = False,
         regions: int = 0,
         smooth: bool = False,
+        tail: str | None = None,
     ) -> None:
         self.rule = rule if isinstance(rule, Rule) else find_rule(rule)
+        self.held = TAILS[self.rule.tail if tail is None else tail]
+        self._constants: TailConstants | None = None
         self.activations: list[LayerTensors] = []
         self._model, self._regions, self._at_input = model, regions, at_input
         self._smooth = smooth
@@ -73,12 +89,11 @@ class MapPass:
         """Run the model once on images, a tensor or a tuple of tensors that starts with one."""
         batch = batch_size(images)
         inputs = images if isinstance(images, tuple) else (images,)
-        one = self._pass
         in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         cuda = torch.cuda.get_rng_state_all() if in_use else []
         self._draws = torch.get_rng_state(), cuda
-        with self.frozen():
-            output = one.run(forward)
+        output = self._run(forward, batch)
+        one = self._pass
         shape = next((tensor.shape for tensor in inputs if tensor.dim() == 4), None)
         for index, tracked in enumerate(one.tracked):
             given = [tensor.detach() for tensor in tracked]
@@ -90,6 +105,24 @@ class MapPass:
             self._check(one.names[index], transform, arranged, batch)
             self.activations.append(arranged)
         return output
+
+    def _run(self, forward: Callable[[], T], batch: int) -> T:
+        if self.held is None:
+            with self.frozen():
+                return self._pass.run(forward)
+        self._constants = TailConstants(batch, **self.held)
+        with self.frozen(), self._constants:
+            output = self._pass.run(forward)
+        ends = output.values() if isinstance(output, Mapping) else (output,)
+        if any(isinstance(end, Tensor) and end.requires_grad for end in flat(ends)):
+            return output
+        warn_user(
+            "what the model returns is held constant by a frozen tail (a softmax, a sigmoid, a "
+            'norm?): this map follows the true gradient, tail="true"; explain logits for exact ones'
+        )
+        self.held = self._constants = None
+        self._pass = LayerPass(self._model, self._pass.layers, at_input=self._at_input)
+        return self._run(forward, batch)
 
     def _told(self, index: int, given: torch.Size, images: torch.Size | None) -> Transform | None:
         """The transform that the shapes of the pass ask for."""
@@ -132,7 +165,9 @@ class MapPass:
 
     def gradients(self, end: Tensor, cotangents: Tensor, **grad_kwargs: Any) -> list[list[Tensor]]:
         """Cotangents ``[c, *end.shape]`` -> for each layer's maps gradients ``[B, c, C, R]``."""
-        found = self._pass.gradients(end, cotangents, **grad_kwargs)
+        leaves = {} if self._constants is None else self._constants.leaves
+        *found, shares = self._pass.gradients(end, cotangents, [*leaves.values()], **grad_kwargs)
+        self.constants = {name: share[0] for name, share in zip(leaves, shares, strict=True)}
         return [self._columns(index, tensors) for index, tensors in enumerate(found)]
 
     def finish(
@@ -257,6 +292,8 @@ class MapPass:
         if self._transforms[index] is not None:
             steps = zip(*tensors, strict=True)
             arranged = torch.stack([self._arranged(index, step)[0] for step in steps])
+            if self._constants is not None and len(arranged) == 1 and len(tensors) == 1:
+                self._count_dropped(index, tensors[0][0])
             dropped = len(tensors) == 1 and arranged.numel() < tensors[0].numel()
             if dropped and not arranged.any() and tensors[0].any():
                 # A picture of nothing: after the last block a class token is the embedding, and
@@ -271,6 +308,15 @@ class MapPass:
             tensors = [arranged]
         return [(g.flatten(3) if g.dim() > 3 else g[..., None]).transpose(0, 1) for g in tensors]
 
+    def _count_dropped(self, index: int, gradient: Tensor) -> None:
+        """Name the shares of tokens that stand for no place, which the transform drops."""
+        skip = getattr(self._transforms[index], "skip", 0)
+        tokens = self._pass.tracked[index][0].detach()[:, :skip]
+        shares = (tokens * gradient[:, :skip]).sum(dim=2)
+        for name, part in (("class token", shares[:, :1]), ("registers", shares[:, 1:])):
+            if part.numel():
+                self.constants[name] = part.sum(dim=1) + self.constants.get(name, 0)
+
     def _finished(self, activation: Tensor, gradients: Tensor, sum_channels: bool) -> Tensor:
         wide = torch.promote_types(activation.dtype, torch.float32)
         regions = activation.flatten(2) if activation.dim() > 2 else activation[..., None]
@@ -280,6 +326,13 @@ class MapPass:
             if self._smooth:
                 maps = smoothed(maps, activation.dim() - 2)
         return check_finite(maps.to(activation.dtype).contiguous())
+
+
+def check_tail(tail: str | None) -> str | None:
+    """Refuse what is no name of a tail; ``None`` is the rule's choice."""
+    if tail is not None and tail not in TAILS:
+        raise ValueError(unknown_name("tail", tail, TAILS))
+    return tail
 
 
 def batch_size(inputs: Any) -> int:

@@ -43,24 +43,27 @@ def hold_own_norm(embeddings: Tensor) -> Tensor | None:
     if node is None or node.name() not in ("DivBackward0", "MulBackward0"):
         return None
     vector, length = (parent for parent, _ in node.next_functions)
-    place, saved = 1, "_saved_self"
+    place = 1
     if _leads_to(vector, length):  # the factor stands first: 1 / |x| * x
-        place, saved = 0, "_saved_other"
-    elif not _leads_to(length, vector):
+        place = 0
+    elif length is not None and not _leads_to(length, vector):
         return None
     # What divides by anything else than its length, such as a gate, is no norm.
     rows = embeddings.detach().to(torch.promote_types(embeddings.dtype, torch.float32))
     is_unit = (torch.linalg.vector_norm(rows, dim=1) - 1).abs() < 1e-2
     if not (is_unit | (rows == 0).all(dim=1)).all():
         return None
-    divided: Tensor = getattr(node, saved).detach().flatten(1).to(rows)
 
     def hold(gradients: tuple[Tensor, ...], _: Any) -> tuple[Tensor | None, ...]:
         return tuple(None if i == place else found for i, found in enumerate(gradients))
 
+    if length is None:  # held already, by a frozen tail
+        factor: Tensor = node._saved_other.detach().to(rows)
+        held: Tensor = factor if node.name() == "DivBackward0" else 1 / factor
+        return held.flatten(1)[:, :1]
     node.register_hook(hold)
-    lengths: Tensor = torch.linalg.vector_norm(divided, dim=1, keepdim=True)
-    return lengths
+    divided: Tensor = (node._saved_self if place else node._saved_other).detach().to(rows)
+    return torch.linalg.vector_norm(divided.flatten(1), dim=1, keepdim=True)
 
 
 def _leads_to(start: Any, end: Any) -> bool:

@@ -32,6 +32,8 @@ class Rule:
         centred: Whether the mean over the regions is subtracted from each map.
         adds_up: Whether the map sums to the frozen score, so that it has a convergence delta.
         unit: What its numbers are, for a colour bar.
+        tail: How it differentiates what follows the layer unless told otherwise: ``"frozen"``,
+            ``"norms"`` or ``"true"`` (:class:`~fam_plugins.LayerFam`).
 
     Example:
         >>> LAYER_CAM = Rule("layercam", lambda activations, gradients: gradients.relu(),
@@ -46,6 +48,7 @@ class Rule:
     centred: bool = False
     adds_up: bool = False
     unit: str = "attribution"
+    tail: str = "true"
 
     def __post_init__(self) -> None:
         if not callable(self.weights):
@@ -106,8 +109,14 @@ RULES: dict[str, Rule] = {
     rule.name: rule
     for rule in (
         Rule("fam", fam_weights, unit="activation, weighted by channel"),
-        Rule("additive", _gradient, adds_up=True, unit="share of the score"),
-        Rule("centred", _gradient, centred=True, unit="share of the score above the image's mean"),
+        Rule("additive", _gradient, adds_up=True, unit="share of the score", tail="frozen"),
+        Rule(
+            "centred",
+            _gradient,
+            centred=True,
+            unit="share of the score above the image's mean",
+            tail="frozen",
+        ),
         Rule("gradcam", _mean_gradient, frozen=False, unit="Grad-CAM, before its ReLU"),
     )
 }

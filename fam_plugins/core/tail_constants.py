@@ -28,7 +28,7 @@ JOINS = {"cat", "concat", "concatenate", "stack", "hstack"}
 class TailConstants(FrozenTail):
     """A frozen tail that ties the constants it comes by to ``leaves``, one for each kind.
 
-    Kinds are ``"biases"`` (and numbers), ``"class token"``, ``"registers"``, ``"position"`` (other
+    Kinds are ``"bias"`` (and numbers), ``"class token"``, ``"registers"``, ``"position"`` (other
     parameters) and ``"residual"`` (what bypasses the layer). Make the leaves further inputs of the
     map's backward pass, or ask :meth:`shares`. Parameters receive no gradient meanwhile. Images are
     the first dimension, or the second where tokens were moved in front of them.
@@ -38,7 +38,7 @@ class TailConstants(FrozenTail):
         >>> layer = torch.randn(3, 4, requires_grad=True)
         >>> with TailConstants(batch=3) as tail:
         ...     score = net(layer)[:, 0]
-        >>> inputs = [layer, tail.leaves["biases"]]
+        >>> inputs = [layer, tail.leaves["bias"]]
         >>> gradient, biases = torch.autograd.grad(score.sum(), inputs)
         >>> torch.allclose((gradient * layer).sum(1) + biases, score, atol=1e-5)
         True
@@ -108,12 +108,12 @@ class TailConstants(FrozenTail):
         if name in BIASED:
             bias = {**dict(zip(BIASED[name], args, strict=False)), **kwargs}.get("bias")
             if bias is None or name in ("linear", "layer_norm"):
-                return "" if bias is None else "biases", bias
-            return "biases", bias.reshape(shape)
+                return "" if bias is None else "bias", bias
+            return "bias", bias.reshape(shape)
         if name == "batch_norm":  # x, mean, variance, weight, bias, training
             if (args[5] if len(args) > 5 else kwargs.get("training")) or x.dim() < 2:
                 return "", None
-            return "biases", func(x.new_zeros(1, x.shape[1], *shape[1:]), *args[1:], **kwargs)
+            return "bias", func(x.new_zeros(1, x.shape[1], *shape[1:]), *args[1:], **kwargs)
         constants = [a for a in args if isinstance(a, (Tensor, int, float)) and not tracked(a)]
         if not constants or name not in SUMS:
             return "", None
@@ -123,7 +123,7 @@ class TailConstants(FrozenTail):
                 func = getattr(Tensor, name.replace("__i", "__"))
             constant = func(*zeros, **kwargs)
         if sum(size > 1 for size in constant.shape) <= 1:
-            return "biases", constant
+            return "bias", constant
         learnt = all(self._is_learnt(a) for a in constants if isinstance(a, Tensor))
         return "position" if learnt else "residual", constant
 

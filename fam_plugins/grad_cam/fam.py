@@ -14,7 +14,7 @@ from fam_plugins.core.decompose import region_sum, warn_of_coverage
 from fam_plugins.core.eval_mode import check_module, eval_mode
 from fam_plugins.core.layer_pass import find_layer
 from fam_plugins.core.many import as_indices, map_references
-from fam_plugins.core.maps import MapPass, check_finite
+from fam_plugins.core.maps import MapPass, check_finite, check_tail
 from fam_plugins.core.rules import Rule, choose_rule
 from fam_plugins.core.similarity_model import ModelScores
 from fam_plugins.core.transforms import check_transform
@@ -49,6 +49,8 @@ class FAM(OnePassCAM):
             ``"fam"`` with a warning, because it hardly depends on the target.
         smooth: Average each region with its neighbours, weights ``[1, 2, 1]ᵀ [1, 2, 1] / 16``:
             steadier maps whose sums stay. Recommended with ``rule="centred"`` and a contrast set.
+        tail: What is held constant behind the layers: ``"frozen"``, ``"norms"`` or ``"true"``, as
+            in :class:`~fam_plugins.LayerFam`.
 
     Attributes:
         attributions: After a call, the signed maps before ReLU and scaling: one tensor
@@ -80,9 +82,10 @@ class FAM(OnePassCAM):
         *,
         rule: str | Rule | None = None,
         smooth: bool = False,
+        tail: str | None = None,
     ) -> None:
         self.rule: str | Rule = choose_rule(rule)
-        self.smooth = smooth
+        self.smooth, self.tail = smooth, check_tail(tail)
         check_transform(reshape_transform)
         check_module(model)
         if not isinstance(target_layers, (list, tuple)):
@@ -108,6 +111,7 @@ class FAM(OnePassCAM):
             self.reshape_transform,
             regions=2,
             smooth=self.smooth,
+            tail=self.tail,
         )
 
     def explain(

@@ -70,11 +70,13 @@ def test_a_classifier_and_the_gap_of_a_curved_tail():
     close(found.parts["bias"], net.head.bias[2].detach().expand(3))
     close(found.gap, torch.zeros(3).double())
     curved = TinyNet(head=nn.Sequential(nn.Linear(6, 6), nn.Tanh())).eval().double()
-    explainer = LayerFam(curved, "last", rule="additive")
+    explainer = LayerFam(curved, "last", rule="additive", tail="true")
     found = explainer.decompose(IMAGES, 2)
     delta = explainer.attribute(IMAGES, 2, return_convergence_delta=True)[1]
     close(found.gap, delta)
     assert found.gap.abs().min() > 1e-6
+    held = LayerFam(curved, "last", rule="additive").decompose(IMAGES, 2)
+    close(held.gap, torch.zeros(3).double())
 
 
 def calls(net: nn.Module):

@@ -136,13 +136,17 @@ def test_the_map_is_that_of_the_encoder_without_it(net, rule, contrast):
         close(with_norm.delta_a, without.delta_a)
 
 
-def test_the_constant_is_measured_with_the_same_length(net):
+@pytest.mark.parametrize("tail", ["frozen", "true"])
+def test_the_constant_is_measured_with_the_same_length(net, tail):
     ours, theirs = (
-        LayerFam(SimilarityModel(encoder, ROWS), layer, rule="additive").decompose(IMAGES, 2)
+        LayerFam(SimilarityModel(encoder, ROWS), layer, rule="additive", tail=tail).decompose(
+            IMAGES, 2
+        )
         for encoder, layer in ((Normed(net), "net.last"), (net, "last"))
     )
-    for name in ("regions", "bias"):
-        close(ours.parts[name], theirs.parts[name])
+    assert list(ours.parts) == list(theirs.parts)
+    for name, part in ours.parts.items():
+        close(part, theirs.parts[name])
     close(ours.gap, theirs.gap)
 
 
