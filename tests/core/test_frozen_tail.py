@@ -762,6 +762,19 @@ def test_the_graph_and_the_tail_are_freed():
     assert gone() is None
 
 
+@pytest.mark.parametrize("around", [frozen_tail, lambda: TailConstants(batch=2)])
+def test_an_operation_in_place_does_not_hold_its_own_graph(around):
+    with around():
+        x = torch.randn(2, 4, requires_grad=True) * 1
+        F.hardswish(x, inplace=True)
+        x += torch.ones(4)
+        x.mul_(torch.sigmoid(x))
+        gone = weakref.ref(x)
+        del x
+    gc.collect()
+    assert gone() is None
+
+
 def test_of_nested_blocks_the_innermost_decides():
     x = torch.randn(2, 4, requires_grad=True)
     true = true_gradient(x)
