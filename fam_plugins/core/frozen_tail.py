@@ -31,6 +31,8 @@ ACTIVATIONS = {  # with act(u) / u as u goes to 0
     **dict.fromkeys(("gelu", "silu", "hardswish", "mish"), 0.5),
     **dict.fromkeys(("tanh", "elu", "celu", "selu", "relu6", "hardtanh"), 1.0),
 }
+GATES = {"_GateBackward", *(f"{act}Backward0" for act in ("Relu", "Softmax", "Sigmoid", "Erf"))}
+GATES |= {"HardsigmoidBackward0"}
 QUOTIENTS = {"div", "divide", "true_divide", "__truediv__", "__itruediv__"}
 PRODUCTS = dict.fromkeys(("mul", "multiply", "__mul__", "__rmul__", "__imul__"), "gates")
 PRODUCTS |= dict.fromkeys(("matmul", "bmm", "__matmul__"), "attention")
@@ -53,8 +55,7 @@ def frozen_tail(norms: bool = True, attention: bool = True, gates: bool = True) 
     Values stay what they are, and what follows any layer becomes affine in it: gradient times
     activation adds up to the score less the share of the constants behind the layer (Ali et al.,
     ICML 2022; AttnLRP, ICML 2024; LibraGrad, CVPR 2025). "Exact" is bookkeeping: what the image
-    does to a weight is not shown. ``sigmoid`` and ``softmax`` always count as weights: explain
-    logits, not probabilities.
+    does to a weight is not shown. Explain logits: a ``sigmoid`` or ``softmax`` at the end curves.
 
     Forward and backward pass belong into the block. It acts in its own thread, and only where
     gradients are recorded; of nested blocks the innermost decides. Not frozen: products of two
@@ -134,7 +135,9 @@ class FrozenTail(TorchFunctionMode):
         x, other = args[0], args[1] if len(args) > 1 else None  # type: Any, Any
         norms, attention, gates, _ = self._frozen.values()
         root = name in ("pow", "__pow__") and isinstance(other, float) and abs(other) == 0.5
-        if self._frozen["norms" if root else WEIGHTS.get(name, "")]:
+        family = "norms" if root else WEIGHTS.get(name, "")
+        # Softmax and sigmoid of [B, N] may be the output: held where they multiply, see _is_gate.
+        if self._frozen[family] and (family == "norms" or x.dim() > 2):
             with torch.no_grad():
                 output = func(*args, **kwargs)
             return output.detach_() if output is x else output
@@ -218,12 +221,13 @@ class _Gate(_Held):
 
 def _gate(name: str, func: Any, args: Any, kwargs: Any) -> Any:
     """An activation whose gradient is ``act(u) / u``."""
-    x, at_zero = args[0], ACTIVATIONS[name]
-    in_place = any(option is True for option in (*args[1:], *kwargs.values()))
+    # The closures below must not hold x: in place, its graph would hold itself.
+    x, rest, at_zero = args[0], args[1:], ACTIVATIONS[name]
+    in_place = any(option is True for option in (*rest, *kwargs.values()))
     in_place = in_place or func.__name__ == f"{name}_"
 
     def act(u: Tensor) -> Any:
-        return func(u, *args[1:], **kwargs)
+        return func(u, *rest, **kwargs)
 
     def pull(gradient: Tensor, kept: Tensor) -> Any:
         gate = act(kept.clone() if in_place else kept).div_(kept)
@@ -234,7 +238,8 @@ def _gate(name: str, func: Any, args: Any, kwargs: Any) -> Any:
 
 def _norm(name: str, func: Any, args: Any, kwargs: Any) -> Any:
     """A norm whose gradient holds its standard deviation, or its root mean square."""
-    x, given = args[0], {**dict(zip(NORMS[name], args, strict=False)), **kwargs}
+    x, rest = args[0], args[1:]
+    given = {**dict(zip(NORMS[name][1:], rest, strict=False)), **kwargs}
     eps, weight = given.get("eps", None if name == "rms_norm" else 1e-5), given.get("weight")
     eps = torch.finfo(x.dtype).eps if eps is None else eps
     if name == "group_norm":
@@ -255,7 +260,7 @@ def _norm(name: str, func: Any, args: Any, kwargs: Any) -> Any:
         return (gradient * (spread + eps).rsqrt()).reshape(kept.shape).to(kept.dtype)
 
     def run(x: Tensor) -> Any:
-        return func(x, *args[1:], **kwargs).detach()  # a view would refuse operations in place
+        return func(x, *rest, **kwargs).detach()  # a view would refuse operations in place
 
     return _Held.apply(x, run, pull, x.detach(), None if weight is None else weight.detach())
 
@@ -265,7 +270,7 @@ def _is_gate(tensor: Tensor) -> bool:
     node = tensor.grad_fn
     for _ in range(8):
         kind = type(node).__name__
-        if kind in ("_GateBackward", "ReluBackward0"):
+        if kind in GATES:
             return True
         if node is None or any(part in kind for part in ("mm", "Mm", "Linear", "Convolution")):
             return False

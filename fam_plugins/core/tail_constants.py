@@ -31,7 +31,8 @@ class TailConstants(FrozenTail):
     Kinds are ``"bias"`` (and numbers), ``"class token"``, ``"registers"``, ``"position"`` (other
     parameters) and ``"residual"`` (what bypasses the layer). Make the leaves further inputs of the
     map's backward pass, or ask :meth:`shares`. Parameters receive no gradient meanwhile. Images are
-    the first dimension, or the second where tokens were moved in front of them.
+    the first dimension, or the second where tokens are in front of them (which cannot be told
+    from as many tokens as images).
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.LayerNorm(4), nn.Linear(4, 1))

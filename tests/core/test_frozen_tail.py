@@ -274,6 +274,7 @@ HOMOGENEOUS: dict[str, Callable[[Tensor], Tensor]] = {
     "swiglu": lambda x: (x @ OTHER) * F.silu(x @ WEIGHT),
     "swiglu of chunks": lambda x: F.silu((x @ WEIGHT).chunk(2, -1)[0]) * (x @ OTHER)[:, :3],
     "swiglu in place": lambda x: F.silu(x @ WEIGHT).mul_(x @ OTHER),
+    "swiglu in place, kept": lambda x: ((g := F.silu(x @ WEIGHT)).mul_(x @ OTHER), g)[1],
     "reglu": lambda x: F.relu(x @ WEIGHT) * (x @ OTHER),
     "squeeze and excite": lambda x: x * (x.mean(1, keepdim=True) * WEIGHT[0]).sigmoid(),
     "hard squeeze": lambda x: x.mul(F.hardsigmoid(F.relu(x @ WEIGHT), inplace=True)),
@@ -354,14 +355,39 @@ def test_each_option_holds_its_own_kind():
 
 
 @pytest.mark.parametrize("attention", ["multi-head", "fused", "eager"])
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("batch", [1, 2, 5])
 def test_names_of_the_constants(attention, batch):
-    net, images = randomised(Vit(attention)), normal(batch, 3, 8, 8)
+    net, images = randomised(Vit(attention)), normal(batch, 3, 8, 8)  # 5 tokens each
     shares = check_adds_up(net, "patches", images)
     assert set(shares) == {"class token", "position", "biases"}
     assert set(check_adds_up(net, "blocks.0", images)) == {"biases"}
     assert set(check_adds_up(net, "blocks.0.norm1", images)) == {"biases", "residual"}
     assert check_adds_up(net, "norm", images) == {}
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_what_is_computed_from_parameters_is_told_from_what_bypasses_the_layer(batch):
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.places, self.scale = nn.Embedding(5, 6), nn.Parameter(torch.rand(6))
+            self.register_buffer("indices", torch.arange(5)[None])
+            self.token, self.layer = nn.Parameter(torch.rand(1, 1, 6)), nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            tokens = self.layer(x) + self.scale * x + 2 * self.places(self.indices)
+            extra = self.token.expand(len(x), 2, -1) * self.scale
+            return torch.cat([tokens[:, :1], extra, tokens[:, 1:]], dim=1).sum(1)
+
+    net, x = randomised(Net()), normal(batch, 5, 6)
+    shares, one = check_adds_up(net, "layer", x), normal(2, 1, 6)[:, 0]
+    assert set(shares) == {"residual", "position", "registers"}
+    with torch.no_grad():
+        wanted = one @ (2 * net.places.weight).sum(0)
+        torch.testing.assert_close(shares["position"], wanted[:, None].expand(2, batch))
+        torch.testing.assert_close(shares["residual"], one @ (net.scale * x).sum(1).T)
+        registers = one @ (2 * net.token[0, 0] * net.scale)
+        torch.testing.assert_close(shares["registers"], registers[:, None].expand(2, batch))
 
 
 def build_timm(name: str, **options: Any) -> nn.Module:
@@ -729,8 +755,22 @@ def test_the_graph_and_the_tail_are_freed():
     tail = TailConstants(batch=2)
     with tail:
         end = Vit()(torch.randn(2, 3, 8, 8, requires_grad=True))
+    assert not tail._learnt
     gone = weakref.ref(tail)
     del tail, end
+    gc.collect()
+    assert gone() is None
+
+
+@pytest.mark.parametrize("around", [frozen_tail, lambda: TailConstants(batch=2)])
+def test_an_operation_in_place_does_not_hold_its_own_graph(around):
+    with around():
+        x = torch.randn(2, 4, requires_grad=True) * 1
+        F.hardswish(x, inplace=True)
+        x += torch.ones(4)
+        x.mul_(torch.sigmoid(x))
+        gone = weakref.ref(x)
+        del x
     gc.collect()
     assert gone() is None
 
