@@ -22,7 +22,6 @@ from tests.contracts.few_shot_networks import Conv4, ResNet12
 from tests.networks import narrow_convnext, narrow_vgg
 
 EXACT = "exact"
-FIRST_ORDER = "first order"
 REFUSED = "refused"
 SIZE = 64
 """Height and width of the images, in pixels."""
@@ -37,10 +36,11 @@ class Family:
         example: The encoder in words, as a user would make it.
         build: Makes the encoder with random weights.
         layer: The name of the layer.
-        maps: ``EXACT`` (the map adds up to the score), ``FIRST_ORDER`` (it does not, and the
-            convergence delta says by how much) or ``REFUSED`` (an error says what to do).
+        maps: ``EXACT`` (the map and the named rest add up to the score) or ``REFUSED`` (an error
+            says what to do).
         transform: What lays out the layer at 64 pixels; ``None`` where nothing is needed.
         why: What makes it so.
+        rest: What the regions do not carry, by name.
     """
 
     name: str
@@ -50,6 +50,7 @@ class Family:
     maps: str
     transform: Transform | None = None
     why: str = ""
+    rest: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.example}, {self.layer}"
@@ -109,7 +110,7 @@ def _timm_swin() -> nn.Module:
 
 
 POOLED = "the map's mean is the embedding"
-NORM_BEHIND = "a layer norm behind the mean"
+NORM_BEHIND = "a layer norm behind the mean, frozen"
 TOKEN = "the class token is the embedding"
 _4x4 = partial(tokens_to_map, 4, 4)
 
@@ -147,9 +148,10 @@ FAMILIES = [
         "torchvision VGG, classifier[:-1]",
         partial(_without_last, narrow_vgg),
         "features",
-        FIRST_ORDER,
+        EXACT,
         None,
         "two hidden layers behind the map",
+        ("bias",),
     ),
     Family(
         "DenseNet",
@@ -183,9 +185,10 @@ FAMILIES = [
         "timm mobilenetv3_small_050",
         partial(_timm, "mobilenetv3_small_050"),
         "blocks",
-        FIRST_ORDER,
+        EXACT,
         None,
         "a hidden layer behind the mean",
+        ("bias",),
     ),
     Family(
         "EfficientNet",
@@ -219,18 +222,20 @@ FAMILIES = [
         "torchvision ConvNeXt, classifier[:-1]",
         partial(_without_last, narrow_convnext),
         "features",
-        FIRST_ORDER,
+        EXACT,
         None,
         NORM_BEHIND,
+        ("bias",),
     ),
     Family(
         "ConvNeXt",
         "timm convnext_atto",
         partial(_timm, "convnext_atto"),
         "stages",
-        FIRST_ORDER,
+        EXACT,
         None,
         NORM_BEHIND,
+        ("bias",),
     ),
     Family(
         "Swin",
@@ -258,42 +263,47 @@ FAMILIES = [
         EXACT,
         _4x4(),
         "the patches' mean is the embedding",
+        ("class token",),
     ),
     Family(
         "ViT, token mean",
         "timm vit_tiny_patch16_224, global_pool='avg'",
         partial(_timm_vit, global_pool="avg"),
         "blocks",
-        FIRST_ORDER,
+        EXACT,
         _4x4(),
         NORM_BEHIND,
+        ("bias", "class token"),
     ),
     Family(
         "ViT, class token",
         "timm vit_tiny_patch16_224",
         _timm_vit,
         "blocks.1.norm1",
-        FIRST_ORDER,
+        EXACT,
         _4x4(),
-        "attention behind the layer",
+        "attention behind the layer, frozen",
+        ("bias", "residual", "class token"),
     ),
     Family(
         "ViT, class token, registers",
         "timm vit_tiny_patch16_224, reg_tokens=4",
         partial(_timm_vit, reg_tokens=4),
         "blocks.1.norm1",
-        FIRST_ORDER,
+        EXACT,
         _4x4(skip=5),
-        "attention behind the layer",
+        "attention behind the layer, frozen",
+        ("bias", "residual", "class token", "registers"),
     ),
     Family(
         "ViT, class token",
         "torchvision VisionTransformer, heads = Identity",
         _vit,
         "encoder.layers.encoder_layer_1.ln_1",
-        FIRST_ORDER,
+        EXACT,
         _4x4(),
-        "attention behind the layer",
+        "attention behind the layer, frozen",
+        ("bias", "residual", "class token"),
     ),
     Family(
         "ViT, class token", "timm vit_tiny_patch16_224", _timm_vit, "norm", REFUSED, _4x4(), TOKEN

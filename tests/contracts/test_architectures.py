@@ -73,13 +73,17 @@ def test_equals_captum_and_pytorch_grad_cam(case, similarity):
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6)
 
 
-def test_additive_adds_up_through_a_linear_tail_and_says_so_elsewhere(case):
+def test_additive_adds_up_and_says_where_a_true_gradient_does_not(case):
     name, net, layer, images = case
     model = SimilarityModel(net, torch.randn(3, 16), similarity="dot")
-    maps, delta = LayerFam(model, layer, rule="additive").attribute(
-        images, target=1, return_convergence_delta=True
+    (maps, frozen), (_, delta) = (
+        LayerFam(model, layer, rule="additive", tail=tail).attribute(
+            images, target=1, return_convergence_delta=True
+        )
+        for tail in ("frozen", "true")
     )
     scale = maps.abs().sum() + model(images)[:, 1].abs().max()
+    assert frozen.abs().max() < 1e-12 * scale
     if name in LINEAR_TAILS:
         assert delta.abs().max() < 1e-12 * scale
     else:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fam_plugins import FAM, LayerFam, SimilarityModel, infer_transform
 from fam_plugins.core.transforms import tokens_to_map
-from tests.contracts.families import EXACT, FAMILIES, FIRST_ORDER, REFUSED, SIZE, encoder_of
+from tests.contracts.families import EXACT, FAMILIES, REFUSED, SIZE, encoder_of
 from tests.networks import State
 
 TARGETS = [ClassifierOutputTarget(1)] * 2
@@ -33,7 +33,7 @@ def case(request):
 
 def test_at_least_ten_families_in_both_libraries():
     assert len({family.name.split()[0].strip(",") for family in FAMILIES}) >= 10
-    assert {family.maps for family in FAMILIES} == {EXACT, FIRST_ORDER, REFUSED}
+    assert {family.maps for family in FAMILIES} == {EXACT, REFUSED}
 
 
 def test_additive_adds_up_as_the_table_says(case):
@@ -47,16 +47,14 @@ def test_additive_adds_up_as_the_table_says(case):
         return
     before = State.of(model)
     maps, delta = explainer.attribute(images, 1, return_convergence_delta=True)
+    found = explainer.decompose(images, 1)
     before.assert_unchanged(model)
     with torch.no_grad():
         scores = model(images)[:, 1]
-    if family.maps == EXACT:
-        # None of these tails has a bias, so the maps alone are the whole score.
-        torch.testing.assert_close(maps.sum(dim=(1, 2, 3)), scores, rtol=0, atol=1e-12)
-        assert delta.abs().max() < 1e-12
-    else:
-        assert torch.isfinite(delta).all()
-        assert delta.abs().min() > 1e-7
+    assert set(found.parts) == {"regions", *family.rest}
+    parts = dict(found.parts, regions=maps.sum(dim=(1, 2, 3)))
+    torch.testing.assert_close(sum(parts.values()), scores, rtol=0, atol=1e-12)
+    assert delta.abs().max() < 1e-12
 
 
 def test_auto_finds_the_transform_and_both_adapters_agree(case):
@@ -112,11 +110,28 @@ def by_hand(model, layer, images, transform) -> Tensor:
     return expected.reshape(len(images), 1, *grid)
 
 
-def test_a_row_that_lies_fails():
-    """The proofs above can tell a first-order tail from an exact one."""
-    row = next(f for f in FAMILIES if f.maps == FIRST_ORDER and f.transform is None)
+@pytest.mark.parametrize("lie", [{"rest": ()}, {"rest": ("bias", "registers")}])
+def test_a_row_that_lies_fails(lie):
+    row = next(f for f in FAMILIES if f.rest == ("bias",) and f.transform is None)
     images = torch.randn(2, 3, SIZE, SIZE).double()
     net = encoder_of(row)
-    model = SimilarityModel(net, torch.randn(3, net(images).shape[1]))
+    model = SimilarityModel(net, torch.randn(3, net(images).shape[1]).double())
     with pytest.raises(AssertionError):
-        test_additive_adds_up_as_the_table_says((replace(row, maps=EXACT), model, images))
+        test_additive_adds_up_as_the_table_says((replace(row, **lie), model, images))
+
+
+def test_with_the_true_gradient_it_does_not_add_up(case):
+    """The proofs above can tell a frozen tail from one that is not."""
+    family, model, images = case
+    if family.maps == REFUSED:
+        return
+    deltas = [
+        LayerFam(
+            model, family.layer, rule="additive", reshape_transform=family.transform, tail=tail
+        ).attribute(images, 1, return_convergence_delta=True)[1]
+        for tail in ("true", "frozen")
+    ]
+    curved = "bias" in family.rest and "layer behind" not in family.why
+    assert deltas[1].abs().max() < 1e-12
+    if curved or "attention" in family.why:
+        assert deltas[0].abs().max() > 1e-7

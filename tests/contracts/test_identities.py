@@ -148,7 +148,7 @@ def test_convergence_delta_is_the_first_order_error_of_a_curved_tail():
     net.head = nn.Sequential(nn.Linear(6, 5), nn.Tanh()).double()
     reference = torch.randn(1, 5).double()
     model = SimilarityModel(net, reference, similarity="dot")
-    maps, delta = LayerFam(model, "last", rule="additive").attribute(
+    maps, delta = LayerFam(model, "last", rule="additive", tail="true").attribute(
         IMAGES, target=0, return_convergence_delta=True
     )
     at_zero = torch.tanh(net.head[0].bias) @ reference[0]
