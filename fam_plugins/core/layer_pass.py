@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any, TypeVar
 
 import torch
@@ -26,10 +27,11 @@ LayerTensors = tuple[Tensor, ...]
 class LayerPass:
     """One forward pass that keeps what chosen layers gave, and differentiates only their tail.
 
-    ``replace`` says what the layers give instead of what they gave: with ``torch.zeros_like`` the
-    pass yields the constant term of a score that is linear in them. Without ``differentiate``
-    nothing is recorded. After :meth:`run`, ``tracked`` holds what each of ``layers`` gave, in the
-    graph of the tail.
+    ``behind``, if set, is entered at the first of the layers and left after the pass: what acts on
+    the tail costs nothing in front of it. ``replace`` says what the layers give instead of what
+    they gave: with ``torch.zeros_like`` the pass yields the constant term of a score that is linear
+    in them. Without ``differentiate`` nothing is recorded. After :meth:`run`, ``tracked`` holds
+    what each of ``layers`` gave, in the graph of the tail.
 
     Example:
         >>> pooled = nn.Sequential(nn.ReLU(), nn.Flatten())
@@ -59,6 +61,8 @@ class LayerPass:
         self._replace = replace
         self._differentiate = differentiate
         self._tracking = False
+        self.behind: AbstractContextManager[object] | None = None
+        self._entered = ExitStack()
 
     def run(self, forward: Callable[[], T]) -> T:
         """Run ``forward`` once with the layers watched; no hook survives it, even on an error."""
@@ -67,7 +71,7 @@ class LayerPass:
             for layer in self._names:
                 handles.append(self._watch(layer))
             # Leaving the block restores the caller's gradient mode, whatever the hooks set.
-            with torch.inference_mode(False), torch.no_grad():
+            with self._entered, torch.inference_mode(False), torch.no_grad():
                 output = forward()
         finally:
             for handle in handles:
@@ -142,6 +146,8 @@ class LayerPass:
         for i, tensor in zip(where, self._kept[layer], strict=True):
             # A copy goes on, so that in-place operations behind the layer cannot change the map.
             parts[i] = tensor.clone()
+        if self.behind is not None and not self._tracking:
+            self._entered.enter_context(self.behind)
         self._tracking = True
         if not isinstance(given, (tuple, list)):
             return parts[0]

@@ -77,6 +77,7 @@ class MapPass:
         self.rule = rule if isinstance(rule, Rule) else find_rule(rule)
         self.held = TAILS[self.rule.tail if tail is None else tail]
         self._constants: TailConstants | None = None
+        self._cut = False
         self.activations: list[LayerTensors] = []
         self._model, self._regions, self._at_input = model, regions, at_input
         self._smooth = smooth
@@ -110,19 +111,17 @@ class MapPass:
         if self.held is None:
             with self.frozen():
                 return self._pass.run(forward)
-        self._constants = TailConstants(batch, **self.held)
-        with self.frozen(), self._constants:
+        self._constants = self._pass.behind = TailConstants(batch, **self.held)
+        with self.frozen():
             output = self._pass.run(forward)
-        ends = output.values() if isinstance(output, Mapping) else (output,)
-        if any(isinstance(end, Tensor) and end.requires_grad for end in flat(ends)):
+        if _is_differentiated(output):
             return output
-        warn_user(
-            "what the model returns is held constant by a frozen tail (a softmax, a sigmoid, a "
-            'norm?): this map follows the true gradient, tail="true"; explain logits for exact ones'
-        )
-        self.held = self._constants = None
-        self._pass = LayerPass(self._model, self._pass.layers, at_input=self._at_input)
+        self.held, self._constants, self._cut = None, None, True
+        self._pass = self._new_pass()
         return self._run(forward, batch)
+
+    def _new_pass(self, **options: Any) -> LayerPass:
+        return LayerPass(self._model, self._pass.layers, at_input=self._at_input, **options)
 
     def _told(self, index: int, given: torch.Size, images: torch.Size | None) -> Transform | None:
         """The transform that the shapes of the pass ask for."""
@@ -234,7 +233,7 @@ class MapPass:
         self, forward: Callable[[], Tensor], replace: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, LayerTensors]:
         """A second pass with the same draws, and what the one layer was made to give in it."""
-        again = LayerPass(self._model, self._pass.layers, at_input=self._at_input, replace=replace)
+        again = self._new_pass(replace=replace)
         cpu, cuda = self._draws
         with torch.random.fork_rng(range(len(cuda))):
             torch.set_rng_state(cpu)
@@ -248,6 +247,11 @@ class MapPass:
 
     def warn(self) -> None:
         """Warn of embeddings of zeros, and of the published rule with a contrast set."""
+        if self._cut:
+            warn_user(
+                "what the model returns is held constant by a frozen tail (a softmax, a norm?): "
+                'this map follows the true gradient, tail="true"; explain logits for exact shares'
+            )
         batch = len(self.activations[0][0])
         zero = torch.cat(self._noted.zero)[:batch].tolist() if self._noted.zero else []
         if any(zero):
@@ -326,6 +330,11 @@ class MapPass:
             if self._smooth:
                 maps = smoothed(maps, activation.dim() - 2)
         return check_finite(maps.to(activation.dtype).contiguous())
+
+
+def _is_differentiated(output: Any) -> bool:
+    ends = output.values() if isinstance(output, Mapping) else (output,)
+    return any(isinstance(end, Tensor) and end.requires_grad for end in flat(ends))
 
 
 def check_tail(tail: str | None) -> str | None:

@@ -59,11 +59,13 @@ def hold_own_norm(embeddings: Tensor) -> Tensor | None:
 
     if length is None:  # held already, by a frozen tail
         factor: Tensor = node._saved_other.detach().to(rows)
-        held: Tensor = factor if node.name() == "DivBackward0" else 1 / factor
-        return held.flatten(1)[:, :1]
+        factor = factor if node.name() == "DivBackward0" else 1 / factor
+        lengths: Tensor = factor.flatten(1)[:, :1]
+        return lengths
     node.register_hook(hold)
     divided: Tensor = (node._saved_self if place else node._saved_other).detach().to(rows)
-    return torch.linalg.vector_norm(divided.flatten(1), dim=1, keepdim=True)
+    lengths = torch.linalg.vector_norm(divided.flatten(1), dim=1, keepdim=True)
+    return lengths
 
 
 def _leads_to(start: Any, end: Any) -> bool:

@@ -187,13 +187,13 @@ def test_mean_and_norm_by_the_formula(batch):
         ((gradient,),) = one.gradients(out, direction.expand(1, batch, 8), retain_graph=True)
         shares = tail.shares(out, direction.expand(1, batch, 8))
     (tokens,) = one.tracked[0]
-    assert list(shares) == ["biases"]
+    assert list(shares) == ["bias"]
     for image in range(batch):
         mean = tokens[image, 1:].detach().mean(0)
         wanted = centre(net.norm.weight.detach() * direction) / sigma(mean) / 4
         for j in range(1, 5):
             torch.testing.assert_close(gradient[0, image, j], wanted)
-        torch.testing.assert_close(shares["biases"][0, image], net.norm.bias.detach() @ direction)
+        torch.testing.assert_close(shares["bias"][0, image], net.norm.bias.detach() @ direction)
 
 
 class Map(nn.Module):
@@ -218,7 +218,7 @@ def test_attention_pooling_by_loops():
         out = one.run(lambda: net(tokens))
         ((gradient,),) = one.gradients(out, direction.expand(1, 3, 8), retain_graph=True)
         shares = tail.shares(out, direction.expand(1, 3, 8))
-    assert list(shares) == ["biases"]
+    assert list(shares) == ["bias"]
     (u,), found = one.tracked[0], (gradient[0] * one.tracked[0][0]).sum(2)
     with torch.no_grad():
         (wq, wk, wv), (bq, bk, bv) = (
@@ -359,9 +359,9 @@ def test_each_option_holds_its_own_kind():
 def test_names_of_the_constants(attention, batch):
     net, images = randomised(Vit(attention)), normal(batch, 3, 8, 8)  # 5 tokens each
     shares = check_adds_up(net, "patches", images)
-    assert set(shares) == {"class token", "position", "biases"}
-    assert set(check_adds_up(net, "blocks.0", images)) == {"biases"}
-    assert set(check_adds_up(net, "blocks.0.norm1", images)) == {"biases", "residual"}
+    assert set(shares) == {"class token", "position", "bias"}
+    assert set(check_adds_up(net, "blocks.0", images)) == {"bias"}
+    assert set(check_adds_up(net, "blocks.0.norm1", images)) == {"bias", "residual"}
     assert check_adds_up(net, "norm", images) == {}
 
 
@@ -619,7 +619,7 @@ def test_tokens_in_front_of_the_images(tokens, batch):
     with TailConstants(batch=batch) as tail:
         score = one.run(lambda: net(given))[:, 3]
         ((gradient,),) = one.gradients(score, torch.ones(1, batch), retain_graph=True)
-        shares = tail.shares(score, torch.ones(1, batch))["biases"][0]
+        shares = tail.shares(score, torch.ones(1, batch))["bias"][0]
     total = (gradient[0] * one.tracked[0][0]).sum((0, 2)) + shares
     torch.testing.assert_close(total, score, rtol=0, atol=EXACT)
 
@@ -658,8 +658,8 @@ def test_precisions(dtype):
         score = one.run(lambda: net(images)).sum(1)
         ((gradient,),) = one.gradients(score, torch.ones(1, 2), retain_graph=True)
         shares = tail.shares(score, torch.ones(1, 2))
-    assert shares["biases"].dtype == torch.float32
-    total = (gradient[0].float() * one.tracked[0][0].float()).sum((1, 2)) + shares["biases"][0]
+    assert shares["bias"].dtype == torch.float32
+    total = (gradient[0].float() * one.tracked[0][0].float()).sum((1, 2)) + shares["bias"][0]
     error = (total - score).abs() / gradient.float().norm() / one.tracked[0][0].float().norm()
     assert error.max() < 4 * torch.finfo(dtype).eps
 
@@ -672,7 +672,7 @@ def test_autocast():
             score = one.run(lambda: net(images)).sum(1)
             ((gradient,),) = one.gradients(score, torch.ones(1, 2), retain_graph=True)
             shares = tail.shares(score, torch.ones(1, 2))
-    total = (gradient[0] * one.tracked[0][0].float()).sum((1, 2)) + shares["biases"][0]
+    total = (gradient[0] * one.tracked[0][0].float()).sum((1, 2)) + shares["bias"][0]
     torch.testing.assert_close(total, score.float(), rtol=0.03, atol=0.03)
 
 
@@ -685,7 +685,7 @@ def test_checkpoints_are_frozen_or_refused():
     assert torch.equal(found, wanted)
     with TailConstants(batch=2) as tail:
         end = checkpoint(net, x, use_reentrant=False)[:, 0].sum(1)
-        ends = [x, tail.leaves["biases"]]
+        ends = [x, tail.leaves["bias"]]
         gradient, biases = torch.autograd.grad(end.sum(), ends)
     torch.testing.assert_close((gradient * x).sum((1, 2)) + biases, end, rtol=0, atol=EXACT)
     with frozen_tail(), pytest.raises(TypeError, match="use_reentrant=False"):

@@ -220,6 +220,7 @@ class TimesLength(nn.Module):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("normalised", [False, True])
 @pytest.mark.parametrize("name", NON_LINEAR)
+@pytest.mark.filterwarnings("ignore:what the model returns is held constant")
 def test_a_tail_that_is_not_linear_is_found_out(name, normalised, dtype):
     torch.manual_seed(0)
     net = Signed(nn.Sequential(NON_LINEAR[name](), *([Unit()] if normalised else []))).to(dtype)
