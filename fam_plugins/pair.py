@@ -9,9 +9,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from fam_plugins.core.contrast import Contrast, GalleryMean, reduced
 from fam_plugins.core.eval_mode import eval_mode
 from fam_plugins.core.maps import MapPass
-from fam_plugins.core.references import embed_once
+from fam_plugins.core.references import embed_contrast
 from fam_plugins.core.rules import Rule, find_rule
 from fam_plugins.core.scores import check_embeddings, check_floats, embed, score
 from fam_plugins.core.similarity import Similarity, as_similarity
@@ -55,7 +56,7 @@ def explain_pair(
     *,
     similarity: str | Similarity | Callable[..., Tensor] = "cosine",
     rule: str | Rule = "additive",
-    contrast: Tensor | None = None,
+    contrast: Tensor | GalleryMean | None = None,
     difference: bool = False,
     embedding: Literal["model", "pooled"] = "model",
     reshape_transform: Transform | str | None = "auto",
@@ -83,8 +84,9 @@ def explain_pair(
             :class:`~fam_plugins.SimilarityModel` takes.
         rule: ``"additive"``, ``"centred"``, ``"fam"``, ``"gradcam"`` or a
             :class:`~fam_plugins.Rule`.
-        contrast: Embeddings ``[M, D]`` or images, such as a gallery mean: the mean similarity to
-            them is subtracted from the score of each image. Images are a further forward pass.
+        contrast: Embeddings ``[M, D]``, images or :func:`~fam_plugins.gallery_mean`: the mean
+            similarity to them is subtracted from the score of each image. Images are a further
+            forward pass.
         difference: Also explain what separates the two.
         embedding: ``"model"``: what the encoder returns. ``"pooled"``: the mean of the layer's map
             over its regions, whatever head follows: what contrastive models are evaluated on.
@@ -131,13 +133,14 @@ def explain_pair(
     with eval_mode(encoder):
         against = contrast
         if isinstance(contrast, Tensor) and contrast.dim() > 2 and embedding == "pooled":
-            against = side(contrast).point
+            against = reduced(how, side(contrast).point)
         elif contrast is not None:
-            against = embed_once(encoder, contrast, "contrast")
+            against = embed_contrast(encoder, contrast, how)
         one, two = side(a), side(b)
         check_embeddings(one.point, width=two.point.shape[1], what="embedding of a")
         if against is not None:
-            check_embeddings(against, width=two.point.shape[1], what="contrast")
+            row = against.row if isinstance(against, GalleryMean) else against
+            check_embeddings(row, width=two.point.shape[1], what="contrast")
         with torch.no_grad():
             value = _pairwise(how, two.point)(one.point).clone()
         maps, differences, deltas = [], [], []
@@ -180,7 +183,7 @@ class _Side:
 
 
 def _pairwise(
-    how: Similarity, others: Tensor, contrast: Tensor | None = None
+    how: Similarity, others: Tensor, contrast: Contrast = None
 ) -> Callable[[Tensor], Tensor]:
     """The score of each embedding and the other of its own pair."""
     if how.by_reference:

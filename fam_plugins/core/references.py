@@ -9,12 +9,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fam_plugins.core.eval_mode import eval_mode, place_of
+from fam_plugins.core.contrast import GalleryMean, check_mean, mean_of, reduced
+from fam_plugins.core.eval_mode import check_module, eval_mode, place_of
+from fam_plugins.core.gallery import Gallery, is_on_disk
 from fam_plugins.core.messages import with_progress
 from fam_plugins.core.scores import check_embeddings, check_floats, embed
 from fam_plugins.core.similarity import Similarity, as_similarity, unit_length
 
-__all__ = ["as_tensor", "at_home", "embed_once", "gallery_mean", "listed", "prototypes"]
+__all__ = [
+    "as_tensor",
+    "at_home",
+    "embed_contrast",
+    "embed_once",
+    "gallery_mean",
+    "listed",
+    "prototypes",
+]
 
 
 def prototypes(
@@ -87,58 +97,84 @@ def listed(labels: Iterable[Hashable] | Tensor, count: int | None = None) -> lis
 
 
 def gallery_mean(
-    encoder: nn.Module,
-    loader: Iterable[Any],
+    encoder: Any,
+    loader: Any = None,
     *,
     similarity: str | Similarity | Callable[..., Tensor] = "cosine",
-) -> Tensor:
-    """Average the embeddings of a gallery batch by batch, holding one batch at a time.
+) -> GalleryMean:
+    """Reduce a gallery to one row, batch by batch, holding one batch at a time.
 
-    Use it as ``SimilarityModel(..., contrast=gallery_mean(encoder, loader))``: "why this one rather
-    than any?". Under ``"dot"`` that subtracts exactly the mean score of the gallery. Under
-    ``"cosine"`` it subtracts the cosine to the average direction, which is the mean cosine of the
-    gallery scaled up to a vector of length one; under the distances the score of the average.
+    Use it as ``contrast=gallery_mean(encoder, loader)``: "why this one rather than any?". Scores
+    and maps are those with all embeddings of the gallery as contrast. ``gallery_mean(embeddings)``
+    is for a gallery that is embedded already.
 
     Args:
         encoder: Images ``[B, ...]`` -> embeddings ``[B, D]``; run in eval mode, without gradient.
             Its training mode is then restored.
         loader: Batches of images, or tuples or lists whose first entry are the images, such as a
             :class:`torch.utils.data.DataLoader` gives. Batches are moved to the encoder's device
-            and dtype. Its ``len``, if any, sets the length of the progress bar.
-        similarity: What the mean will be used with: for ``"cosine"`` embeddings are L2-normalised
-            before they are averaged.
-
-    Returns:
-        ``[1, D]``, detached, on the device and in the dtype of the embeddings.
+            and dtype. Its ``len``, if any, sets the length of the progress bar. Or embeddings
+            ``[M, D]``, a tensor or an array; a memory-mapped one is read in parts.
+        similarity: What the mean will be used with.
 
     Raises:
         TypeError: If a batch holds no tensor of images, or the encoder returns no tensor.
-        ValueError: On an unknown similarity, an empty loader, or embeddings that are not finite.
+        ValueError: On an unknown similarity; one without such a form, as ``"euclidean"`` and
+            functions of your own; an empty loader; embeddings that are not finite.
 
     Example:
         >>> batches = [torch.tensor([[3.0, 0.0]]), torch.tensor([[0.0, 5.0]])]
-        >>> gallery_mean(nn.Flatten(), batches)
+        >>> gallery_mean(nn.Flatten(), batches).row
         tensor([[0.5000, 0.5000]])
+        >>> gallery_mean(torch.tensor([[3.0, 0.0], [0.0, 5.0]]), similarity="dot").row
+        tensor([[1.5000, 2.5000]])
     """
-    scale_free = as_similarity(similarity).scale_free
-    if isinstance(loader, (str, Tensor)) or not isinstance(loader, Iterable):
+    chosen = as_similarity(similarity)
+    check_mean(chosen)
+    if loader is None and isinstance(encoder, nn.Module):
+        raise TypeError("there is no gallery: pass gallery_mean(encoder, loader)")
+    if loader is None:
+        encoder, loader = nn.Identity(), as_tensor(encoder, "gallery")
+    check_module(encoder, "encoder")
+    with eval_mode(encoder):
+        return mean_of(chosen, _gallery(encoder, loader))
+
+
+def _gallery(encoder: nn.Module, loader: Any) -> Iterable[Tensor]:
+    """What :func:`gallery_mean` was given, as embeddings ``[B, D]``, part by part."""
+    title = "averaging the gallery"
+    if is_on_disk(loader):
+        like = torch.empty(0, dtype=torch.float64, device="cpu")
+        return with_progress(Gallery(loader).chunks(like=like), title)
+    if isinstance(loader, (Tensor, np.ndarray)):
+        return [embed_once(encoder, as_tensor(loader, "gallery"), "gallery")]
+    if isinstance(loader, str) or not isinstance(loader, Iterable):
         kind = type(loader).__name__
-        raise TypeError(f"a {kind} gives no batches: pass a DataLoader, or images.split(32)")
-    total: Tensor | None = None
-    count = 0
-    with torch.inference_mode(False), torch.no_grad(), eval_mode(encoder):
-        for batch in with_progress(loader, "averaging the gallery"):
-            found = embed(encoder, at_home(_images(batch), encoder, "images of the loader"))
-            check_embeddings(found, what="gallery embedding")
-            # In float64 on the CPU: a million float32 summands would lose digits, and not every
-            # device has float64.
-            rows = found.cpu().double()
-            part = (unit_length(rows) if scale_free else rows).sum(dim=0)
-            total = part if total is None else total + part
-            count += len(rows)
-        if total is None:
-            raise ValueError("the loader is empty: pass at least one batch of images")
-        return (total / count)[None].to(found)
+        raise TypeError(f"a {kind} gives no batches: pass a DataLoader, or embeddings [M, D]")
+    return (_embedded(encoder, batch) for batch in with_progress(loader, title))
+
+
+def _embedded(encoder: nn.Module, batch: Any) -> Tensor:
+    found = embed(encoder, at_home(_images(batch), encoder, "images of the loader"))
+    check_embeddings(found, what="gallery embedding")
+    return found
+
+
+def embed_contrast(
+    encoder: nn.Module,
+    contrast: Tensor | GalleryMean,
+    similarity: Similarity,
+    chunk_size: int = 32,
+    *,
+    width: int | None = None,
+) -> Tensor | GalleryMean:
+    """A contrast as a user gives it, reduced to one row where the similarity has such a form."""
+    if not isinstance(contrast, GalleryMean):
+        rows = embed_once(encoder, contrast, "contrast", chunk_size, width=width)
+        return reduced(similarity, rows)
+    contrast.check(similarity)
+    check_embeddings(contrast.row, width=width, what="contrast")
+    return contrast.to(at_home(contrast.row, encoder, "contrast"))
 
 
 def embed_once(

@@ -11,16 +11,14 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from fam_plugins.core.contrast import Contrast, GalleryMean
 from fam_plugins.core.similarity import Similarity, as_similarity
 
-__all__ = ["Contrast", "Frozen", "check_embeddings", "embed", "frozen_scores", "score"]
-
-Contrast = Tensor | Literal["others"] | None
+__all__ = ["Frozen", "check_embeddings", "embed", "frozen_scores", "score"]
 
 
 @dataclass
@@ -107,14 +105,16 @@ def score(
         similarity: A name or a :class:`~fam_plugins.Similarity`.
         embeddings: ``[B, D]``.
         references: ``[N, D]``.
-        contrast: Embeddings ``[M, D]``, or ``"others"`` for every other reference: the mean score
-            against them is subtracted ("why this one rather than those").
+        contrast: Embeddings ``[M, D]``, their mean (:func:`~fam_plugins.gallery_mean`), or
+            ``"others"`` for every other reference: the mean score against them is subtracted
+            ("why this one rather than those").
 
     Returns:
         Scores ``[B, N]``.
 
     Raises:
-        ValueError: If widths differ, or a value is NaN or infinite, also in the result.
+        ValueError: If widths differ, a value is NaN or infinite, also in the result, or a mean was
+            taken for another similarity.
 
     Example:
         >>> z = torch.tensor([[1.0, 0.0]])
@@ -136,7 +136,11 @@ def score(
         if frozen is not None and frozen.freeze:
             compare = partial(chosen.frozen, point=frozen.at(embeddings))
         scores = compare(embeddings, references.to(wide))
-        if isinstance(contrast, Tensor):
+        if isinstance(contrast, GalleryMean):
+            contrast.check(chosen)
+            mean = contrast.to(scores)
+            scores = _less(scores, mean.terms[0] * compare(embeddings, mean.row) + mean.terms[1])
+        elif isinstance(contrast, Tensor):
             against = compare(embeddings, contrast.to(wide)).mean(dim=1, keepdim=True)
             scores = _less(scores, against)
         elif contrast is not None:

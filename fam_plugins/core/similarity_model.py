@@ -9,10 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fam_plugins.core.contrast import Contrast, GalleryMean, mean_of
 from fam_plugins.core.eval_mode import check_module
 from fam_plugins.core.gallery import Gallery, is_on_disk
-from fam_plugins.core.references import as_tensor, embed_once, listed, prototypes, unique_labels
-from fam_plugins.core.scores import Contrast, embed, score, subtract_others
+from fam_plugins.core.messages import with_progress
+from fam_plugins.core.references import (
+    as_tensor,
+    embed_contrast,
+    embed_once,
+    listed,
+    prototypes,
+    unique_labels,
+)
+from fam_plugins.core.scores import embed, score, subtract_others
 from fam_plugins.core.similarity import Similarity, as_similarity
 
 __all__ = ["ModelScores", "SimilarityModel"]
@@ -39,8 +48,10 @@ class SimilarityModel(nn.Module):
             your own. A function is explained through its true gradient: its maps are first-order
             statements and need not add up (:func:`~fam_plugins.core.similarity.as_similarity`).
         contrast: What to subtract, for "why this one rather than those": embeddings ``[M, D]``,
-            images, or ``"others"`` for every other reference. The score of a reference becomes
-            its similarity minus the mean similarity to the contrast.
+            images, :func:`~fam_plugins.gallery_mean`, or ``"others"`` for every other reference.
+            The score of a reference becomes its similarity minus the mean similarity to the
+            contrast. Kept as one row, except under ``"euclidean"`` and functions of your own,
+            whose mean no single row gives.
         chunk_size: Images per forward pass when references or contrast are images.
 
     Attributes:
@@ -48,6 +59,7 @@ class SimilarityModel(nn.Module):
         references: ``[N, D]``, a tensor or, for a memory-mapped array, a
             :class:`~fam_plugins.core.gallery.Gallery`.
         similarity: The name of the similarity.
+        contrast_embeddings: The contrast, reduced to one row where there is such a form.
         labels: The label of each row after :meth:`from_support`, otherwise ``None``.
 
     Raises:
@@ -65,6 +77,7 @@ class SimilarityModel(nn.Module):
 
     references: Tensor | Gallery
     contrast_embeddings: Tensor | None
+    contrast_terms: Tensor | None
 
     def __init__(
         self,
@@ -90,15 +103,17 @@ class SimilarityModel(nn.Module):
             rows = Gallery(references)
         else:
             rows = embed_once(encoder, references, "references", chunk_size)
-        against = None
+        against: Tensor | GalleryMean | None = None
         if isinstance(contrast, str):
             if len(rows) < 2:
                 raise ValueError(
                     'contrast="others" needs at least 2 references and there is 1: pass '
                     "embeddings or images as contrast instead"
                 )
+            if chosen.of_mean is not None:
+                against = _mean_of_all(chosen, rows)
         elif contrast is not None:
-            against = embed_once(encoder, contrast, "contrast", chunk_size, width=rows.shape[1])
+            against = embed_contrast(encoder, contrast, chosen, chunk_size, width=rows.shape[1])
         self.encoder = encoder
         self.similarity = chosen.name
         self._similarity = chosen
@@ -108,7 +123,12 @@ class SimilarityModel(nn.Module):
             self.references = rows
         else:
             self.register_buffer("references", rows)
-        self.register_buffer("contrast_embeddings", against)
+        row: Any = against
+        terms: Tensor | None = None
+        if isinstance(against, GalleryMean):
+            row, terms = against.row, against.terms
+        self.register_buffer("contrast_embeddings", row)
+        self.register_buffer("contrast_terms", terms)
         # A new module starts in training mode; the encoder may well not be in it.
         self.training = encoder.training
 
@@ -161,8 +181,14 @@ class SimilarityModel(nn.Module):
 
     @property
     def contrast(self) -> Contrast:
-        """What is subtracted: embeddings ``[M, D]``, ``"others"``, or ``None``."""
-        return "others" if self._others else self.contrast_embeddings
+        """What is subtracted: embeddings ``[M, D]`` or their mean, ``"others"``, or ``None``."""
+        return "others" if self._others else self._against
+
+    @property
+    def _against(self) -> Tensor | GalleryMean | None:
+        if self.contrast_embeddings is None or self.contrast_terms is None:
+            return self.contrast_embeddings
+        return GalleryMean(self.contrast_embeddings, self.contrast_terms, self.similarity)
 
     def embed(self, images: Tensor) -> Tensor:
         """Embed images ``[B, ...]`` -> ``[B, D]``, with gradient, in the current mode.
@@ -200,25 +226,32 @@ class SimilarityModel(nn.Module):
         """
         if not (rows is None or isinstance(rows, Tensor)):
             rows = as_tensor(rows, "rows")
-        if rows is not None and not self._others and self._similarity.by_reference:
-            return score(self._similarity, embeddings, self._rows(rows, embeddings), self.contrast)
-        scores = self._against_all(embeddings)
-        return scores if rows is None else scores[:, rows]
+        coupled = not self._similarity.by_reference or (self._others and self._against is None)
+        if rows is None or coupled:
+            scores = self._against_all(embeddings)
+            return scores if rows is None else scores[:, rows]
+        return self._score(embeddings, self._rows(rows, embeddings))
 
     def _rows(self, rows: Tensor, like: Tensor) -> Tensor:
         if isinstance(self.references, Gallery):
             return self.references.rows(rows, like=like)
         return self.references[rows]
 
+    def _score(self, embeddings: Tensor, references: Tensor) -> Tensor:
+        against = self._against
+        scores = score(self._similarity, embeddings, references, against)
+        if self._others and against is not None:
+            # A mean over all holds the one itself: what is left is this much less than to the rest.
+            scores = scores * (len(self.references) / (len(self.references) - 1))
+        return scores
+
     def _against_all(self, embeddings: Tensor) -> Tensor:
-        if not isinstance(self.references, Gallery):
-            return score(self._similarity, embeddings, self.references, self.contrast)
-        parts = [
-            score(self._similarity, embeddings, part, self.contrast_embeddings)
-            for part in self.references.chunks(like=embeddings)
-        ]
-        scores = torch.cat(parts, dim=1)
-        return subtract_others(scores) if self._others else scores
+        if isinstance(self.references, Gallery):
+            parts = self.references.chunks(like=embeddings)
+            scores = torch.cat([self._score(embeddings, part) for part in parts], dim=1)
+        else:
+            scores = self._score(embeddings, self.references)
+        return subtract_others(scores) if self._others and self._against is None else scores
 
     def forward(self, images: Tensor) -> Tensor:
         """Images ``[B, ...]`` -> scores ``[B, N]`` of ``N`` references; errors as :meth:`score`."""
@@ -226,8 +259,7 @@ class SimilarityModel(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """What ``state_dict`` carries beside references: the meaning of the scores, in bytes."""
-        kind = "no" if self.contrast_embeddings is None else "embeddings as"
-        meaning = f"{self.similarity} with {'others as' if self._others else kind} contrast"
+        meaning = f"{self.similarity} with {self._contrast_kind()}"
         return torch.tensor(list(meaning.encode()), dtype=torch.uint8, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
@@ -251,13 +283,21 @@ class SimilarityModel(nn.Module):
     def extra_repr(self) -> str:
         """Show the number of references, their width, the similarity and the contrast."""
         count, width = self.references.shape
-        if self._others:
-            against = ", contrast=others"
-        elif self.contrast_embeddings is not None:
-            against = f", contrast={len(self.contrast_embeddings)} embeddings"
-        else:
-            against = ""
-        return f"references={count}x{width}, similarity={self.similarity}{against}"
+        kind = self._contrast_kind()
+        return f"references={count}x{width}, similarity={self.similarity}, {kind}"
+
+    def _contrast_kind(self) -> str:
+        if self.contrast is None:
+            return "no contrast"
+        mean = isinstance(self.contrast, GalleryMean)
+        return f"{'others' if self._others else 'a mean' if mean else 'embeddings'} as contrast"
+
+
+def _mean_of_all(similarity: Similarity, rows: Tensor | Gallery) -> GalleryMean:
+    if isinstance(rows, Tensor):
+        return mean_of(similarity, [rows])
+    like = torch.empty(0, dtype=torch.float64, device="cpu")
+    return mean_of(similarity, with_progress(rows.chunks(like=like), "averaging the references"))
 
 
 class ModelScores:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fam_plugins.core.contrast import GalleryMean, reduced
 from fam_plugins.core.references import as_tensor
 from fam_plugins.core.scores import check_embeddings, check_floats, score
 from fam_plugins.core.similarity import Similarity, as_similarity
@@ -25,7 +26,8 @@ class SimilarityTarget:
         reference: The embedding to compare with, ``[D]`` or ``[1, D]``; copied and detached.
         similarity: As for :class:`~fam_plugins.SimilarityModel`: a name, a
             :class:`~fam_plugins.Similarity`, a distance of pytorch-metric-learning or a function.
-        contrast: Embeddings ``[M, D]`` or ``[D]``; the mean similarity to them is subtracted.
+        contrast: Embeddings ``[M, D]`` or ``[D]``, or :func:`~fam_plugins.gallery_mean`; the mean
+            similarity to them is subtracted.
 
     Raises:
         TypeError: If ``similarity`` is of no such kind.
@@ -44,7 +46,7 @@ class SimilarityTarget:
         self,
         reference: Tensor,
         similarity: str | Similarity | Callable[..., Tensor] = "cosine",
-        contrast: Tensor | None = None,
+        contrast: Tensor | GalleryMean | None = None,
     ) -> None:
         self._similarity = as_similarity(similarity)
         self.similarity = self._similarity.name
@@ -55,7 +57,12 @@ class SimilarityTarget:
                 "several shots with fam_plugins.prototypes first"
             )
         width = self.reference.shape[1]
-        self.contrast = None if contrast is None else _rows(contrast, "contrast", width)
+        if isinstance(contrast, GalleryMean):
+            contrast.check(self._similarity)
+            check_embeddings(contrast.row, width=width, what="contrast")
+        elif contrast is not None:
+            contrast = reduced(self._similarity, _rows(contrast, "contrast", width))
+        self.contrast = contrast
 
     def __call__(self, model_output: Tensor) -> Tensor:
         """Score one embedding ``[D]`` -> scalar, or a batch ``[B, D]`` -> ``[B]``.

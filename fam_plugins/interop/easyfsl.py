@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fam_plugins.core.contrast import Contrast
 from fam_plugins.core.eval_mode import check_module
-from fam_plugins.core.scores import Contrast
 from fam_plugins.core.similarity import Similarity, find_similarity, on_unit_length
 from fam_plugins.core.similarity_model import SimilarityModel
 

@@ -20,7 +20,7 @@ IMAGES = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 def test_takes_the_arguments_of_layer_grad_cam_in_their_order():
     own = {
-        "__init__": ["rule", "reshape_transform"],
+        "__init__": ["rule", "reshape_transform", "smooth"],
         "attribute": ["return_convergence_delta"],
     }
     for method in own:

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from fam_plugins import SimilarityModel, prototypes
@@ -36,7 +37,8 @@ def test_images_as_references_are_embedded_once_in_eval_mode():
     assert net.calls == 3
     assert model.training
     torch.testing.assert_close(model.references, net.eval()(IMAGES).detach())
-    torch.testing.assert_close(model.contrast, model.references[:2])
+    units = F.normalize(model.references[:2], dim=1)
+    torch.testing.assert_close(model.contrast.row, units.mean(0, keepdim=True))
 
 
 def test_takes_the_mode_of_its_encoder():
@@ -57,10 +59,11 @@ def test_references_are_detached_copies():
 def test_the_buffer_follows_the_module():
     model = SimilarityModel(encoder(), ROWS, contrast=ROWS[:1])
     assert model.double().references.dtype == torch.float64
-    assert model.contrast.dtype == torch.float64
+    assert model.contrast.row.dtype == model.contrast.terms.dtype == torch.float64
     state = model.state_dict()
-    assert {"references", "contrast_embeddings"} <= set(state)
-    other = SimilarityModel(encoder(), torch.ones(3, 6), contrast=torch.ones(1, 6)).double()
+    assert {"references", "contrast_embeddings", "contrast_terms"} <= set(state)
+    # One row, however many it was taken of.
+    other = SimilarityModel(encoder(), torch.ones(3, 6), contrast=torch.ones(7, 6)).double()
     other.load_state_dict(state)
     assert torch.equal(other(IMAGES.double()), model(IMAGES.double()))
 
@@ -118,7 +121,7 @@ def test_chunk_size_bounds_the_batches_of_supports_and_contrast():
 
 def test_shows_what_it_compares_with():
     text = repr(SimilarityModel(encoder(), ROWS, contrast="others"))
-    assert "references=3x6, similarity=cosine, contrast=others" in text
+    assert "references=3x6, similarity=cosine, others as contrast" in text
 
 
 class Returns(nn.Module):

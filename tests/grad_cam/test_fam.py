@@ -36,8 +36,8 @@ TARGETS = [ClassifierOutputTarget(1)] * 3
 def test_takes_the_arguments_of_grad_cam_in_their_order():
     ours = list(inspect.signature(FAM).parameters.values())
     theirs = list(inspect.signature(GradCAM).parameters)
-    assert [p.name for p in ours] == [*theirs, "rule"]
-    assert [p.kind is p.KEYWORD_ONLY for p in ours] == [False] * len(theirs) + [True]
+    assert [p.name for p in ours] == [*theirs, "rule", "smooth"]
+    assert [p.kind is p.KEYWORD_ONLY for p in ours] == [False] * len(theirs) + [True] * 2
     call = list(inspect.signature(FAM.__call__).parameters)
     assert call == list(inspect.signature(GradCAM.__call__).parameters)
 

@@ -13,7 +13,7 @@ from fam_plugins import Rule, Similarity, explain_pair, gallery_mean, prototypes
 from tests.hostile.table import BYTES, MODES, ROWS, X, late, refused, under, works
 from tests.hostile.test_layer_fam import LONE, OTHER, Output
 from tests.hostile.test_similarity_model import shaped
-from tests.networks import TinyNet, encoder, pooled
+from tests.networks import TinyNet, encoder
 
 PICTURE = Image.new("RGB", (8, 8))
 READ_ONLY = np.broadcast_to(np.float32(1), (2, 6))
@@ -84,6 +84,14 @@ PAIR = [
         ValueError,
         'use rule="additive"',
     ),
+    works("a mean as contrast", pair(contrast=gallery_mean(ROWS))),
+    refused(
+        "a mean of dot products",
+        pair(contrast=gallery_mean(ROWS, similarity="dot")),
+        ValueError,
+        "gallery_mean(..., similarity='cosine')",
+    ),
+    late("a narrow mean", pair(contrast=gallery_mean(ROWS[:, :4])), ValueError, "contrast"),
     refused("contrast others", pair(contrast="others"), TypeError, "contrast must be a tensor"),
     refused("contrast one", pair(contrast=ROWS[0]), ValueError, "x[None]"),
     refused("contrast empty", pair(contrast=ROWS[:0]), ValueError, "pass at least one"),
@@ -109,7 +117,7 @@ def mean(*batches, net=None, **options):
     def use(model):
         loader = batches[0] if len(batches) == 1 else list(batches)
         found = gallery_mean(model if net is None else net, loader, **options)
-        return found.isfinite().all() and found.dim() == 2
+        return found.row.isfinite().all() and found.row.shape == (1, 6)
 
     return use
 
@@ -137,14 +145,23 @@ GALLERY_MEAN = [
     works("huge", mean([X * 1e18])),
     works("of dot", mean([X], similarity="dot")),
     *(works(name, under(context, mean([X]))) for name, context in MODES.items()),
-    refused("a tensor", mean(X), TypeError, "images.split(32)"),
-    refused("a tensor of what looks pooled", mean(X, net=pooled()), TypeError, "images.split(32)"),
+    works("a tensor of images", mean(X)),
+    works("an array of images", mean(X.numpy())),
+    works("embeddings", mean(ROWS)),
+    works("an array of embeddings", mean(ROWS.numpy())),
+    works("embeddings alone", lambda _: mean(None, net=ROWS)(_)),
+    works("an array alone", lambda _: mean(None, net=ROWS.double().numpy())(_)),
     refused("an array", mean([X.numpy()]), TypeError, "it must give image tensors"),
     refused("a picture", mean([PICTURE]), TypeError, "it must give image tensors"),
     refused("a path", mean("gallery/"), TypeError, "pass a DataLoader"),
     refused("paths", mean(["a.png"]), TypeError, "it must give image tensors"),
     refused("dicts", mean([{"image": X}]), TypeError, "batch['image'] for batch in loader"),
-    refused("None", mean(None), TypeError, "pass a DataLoader"),
+    refused("None", mean(None), TypeError, "pass gallery_mean(encoder, loader)"),
+    refused("one embedding", mean(ROWS[0]), ValueError, "x[None]"),
+    refused("no embeddings", mean(ROWS[:0]), ValueError, "at least one"),
+    refused("embeddings of NaN", mean(ROWS * torch.nan), ValueError, "gallery row 0"),
+    refused("of a distance", mean([X], similarity="euclidean"), ValueError, "pass the embeddings"),
+    refused("of a function", mean([X], similarity=lambda z, t: z @ t.T), ValueError, "no single r"),
     refused("a number", mean(32), TypeError, "pass a DataLoader"),
     refused("None within", mean([None]), TypeError, "it must give image tensors"),
     refused("nothing", mean([]), ValueError, "at least one batch"),

@@ -11,8 +11,9 @@ import torchvision
 from torch import Tensor, nn
 
 from fam_plugins import prototypes
+from fam_plugins.core.contrast import Contrast
 from fam_plugins.core.references import embed_once
-from fam_plugins.core.scores import Contrast, score
+from fam_plugins.core.scores import score
 from fam_plugins.core.similarity import find_similarity
 
 # The examples are scripts, not a package: they find each other by their folder.
