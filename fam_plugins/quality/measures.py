@@ -30,27 +30,29 @@ MEASURES = {
 }
 
 
-def pointing(maps: Tensor, cells: Tensor) -> dict[str, Tensor]:
-    """Whether maps ``[B, H, W]`` find where ``cells`` are true; of constant maps, chance.
+def pointing(maps: Tensor, shown: Tensor, cells: Tensor) -> dict[str, Tensor]:
+    """Whether maps ``[B, h, w]``, enlarged ``[B, H, W]``, find where ``cells`` ``[B, H, W]`` are.
 
-    Energy: share of the positive part in the cell (arXiv 1910.01279). Point: whether the brightest
-    is there (arXiv 1608.00507), equal ones in proportion. AUC: how often a pixel of the cell is
-    brighter than one outside, ties counting one half.
+    Energy: share of the positive part (arXiv 1910.01279), cut before it is enlarged. Point: whether
+    the brightest is there (arXiv 1608.00507), equal ones in proportion. AUC: how often a pixel
+    inside is brighter than one outside, ties counting one half.
     """
-    positive, brightest = maps.clamp_min(0), maps == maps.amax((1, 2), keepdim=True)
-    hits, all_pixels = cells.sum((1, 2)), cells[0].numel()
-    above = (_ranks(maps) * cells.flatten(1)).sum(1) - hits * (hits + 1) / 2
+    positive = F.interpolate(maps.clamp_min(0)[:, None], cells.shape[1:], mode="bilinear")[:, 0]
+    brightest = shown == shown.amax((1, 2), keepdim=True)
+    hits, misses = cells.sum((1, 2)), (~cells).sum((1, 2))
+    above = (_ranks(shown) * cells.flatten(1)).sum(1) - hits * (hits + 1) / 2
     return {
         "energy": ((positive * cells).sum((1, 2)) / positive.sum((1, 2))).nan_to_num(0),
         "point": (brightest & cells).sum((1, 2)) / brightest.sum((1, 2)),
-        "auc": above / (hits * (all_pixels - hits)),
+        "auc": above / (hits * misses),
     }
 
 
 def rank_correlation(first: Tensor, second: Tensor) -> Tensor:
     """Spearman's, of two maps of each image; NaN where either is constant."""
     a, b = (ranks - ranks.mean(1, keepdim=True) for ranks in (_ranks(first), _ranks(second)))
-    return (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
+    correlation: Tensor = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
+    return correlation
 
 
 def deletion_and_insertion(
@@ -76,7 +78,7 @@ def deletion_and_insertion(
 
 
 def _ranks(maps: Tensor) -> Tensor:
-    return torch.from_numpy(rankdata(maps.flatten(1).numpy(), axis=1))
+    return torch.as_tensor(rankdata(maps.flatten(1).numpy(), axis=1))
 
 
 @dataclass(frozen=True)
@@ -98,12 +100,15 @@ class Evaluation:
 
     def table(self) -> str:
         """Markdown: mean ± half of the 95 % interval over images; a dash where undefined."""
-        lines = ["| method | " + " | ".join(MEASURES.values()), "|---" * (len(MEASURES) + 1)]
+        lines = [
+            f"| method | {' | '.join(MEASURES.values())} |",
+            "|---" * (len(MEASURES) + 1) + "|",
+        ]
         for label, columns in self.values.items():
             found = [_interval(columns[measure]) for measure in MEASURES]
             cells = [f"{mean:.3f} ± {(high - low) / 2:.3f}" for mean, low, high in found]
-            lines.append(" | ".join([f"| {label}", *cells]).replace("nan ± nan", "-"))
-        return " |\n".join(lines) + " |"
+            lines.append(f"| {' | '.join([label, *cells])} |".replace("nan ± nan", "-"))
+        return "\n".join(lines)
 
     __str__ = table
 
