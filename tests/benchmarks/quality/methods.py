@@ -26,20 +26,21 @@ SETTINGS = (
 )
 """Contrast, and whether maps are smoothed."""
 RULES = ("additive", "centred", "gradcam")
-PEERS = ("GradCAM", "GradCAMPlusPlus", "HiResCAM", "LayerCAM")
+PEERS = ("GradCAM", "GradCAMPlusPlus", "LayerCAM")
+"""Not HiResCAM, which is GradCAM where regions are pooled, as in all networks here."""
 
 
 def explainers(contrast: str | None, smooth: bool) -> dict[str, Any]:
     """What is measured at a contrast and a smoothing, by name.
 
     The published rule undoes a contrast and EigenCAM reads no score, so both stand without one;
-    ScoreCAM takes as many passes as there are channels and is measured at two settings only.
+    ScoreCAM takes as many passes as there are channels and is measured at one setting only.
     """
     found: dict[str, Any] = {
         **{rule: rule for rule in RULES},
         **{name: getattr(pytorch_grad_cam, name) for name in PEERS},
     }
-    if (contrast, smooth) in ((None, False), ("others", True)):
+    if (contrast, smooth) == ("others", True):
         found["ScoreCAM"] = partial(_quietly, pytorch_grad_cam.ScoreCAM)
     if contrast is None:
         found |= {"fam": "fam", "EigenCAM": pytorch_grad_cam.EigenCAM}

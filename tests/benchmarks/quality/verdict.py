@@ -28,17 +28,20 @@ JUDGED = {
 
 BEST = row("centred", "others", True)
 PAIRS = {
-    "`centred`, smoothed, against GradCAM, smoothed alike, both with contrast": (
+    "`centred` against GradCAM, both with contrast and smoothed": (
         BEST,
         row("GradCAM", "others", True),
     ),
-    "`centred` against plain GradCAM, neither smoothed, both with contrast": (
+    "`centred` against GradCAM, both with contrast, neither smoothed": (
         row("centred", "others", False),
         row("GradCAM", "others", False),
     ),
-    "`centred`, smoothed, with contrast, against the published rule `fam`": (BEST, "fam"),
-    "A contrast, for `centred`": (row("centred", "others", False), "centred"),
-    "Smoothing, for `centred` with contrast": (BEST, row("centred", "others", False)),
+    "`centred` with contrast and smoothed, against the published `fam`": (BEST, "fam"),
+    "`centred` with contrast, against without": (row("centred", "others", False), "centred"),
+    "`centred` with contrast and smoothed, against not smoothed": (
+        BEST,
+        row("centred", "others", False),
+    ),
 }
 """What is compared: one row against another."""
 
@@ -88,7 +91,11 @@ def sentence(summary: Summary, title: str) -> str:
         for measure, (name, better) in JUDGED.items():
             rows = measured["rows"]
             said[word(gain(rows[first][measure], rows[second][measure], better))].append(name)
-        phrases = [f"{how} in {', '.join(names)}" for how, names in said.items() if names]
+        phrases = [
+            f"{how} in {', '.join(names) if len(names) < len(JUDGED) else _all(how)}"
+            for how, names in said.items()
+            if names
+        ]
         parts.append(f"{kind}: {'; '.join(phrases)}.")
     return f"* {title}. {' '.join(part[0].upper() + part[1:] for part in parts)}"
 
@@ -171,10 +178,12 @@ def insert(page: str, block: str) -> str:
         flags=re.DOTALL,
     )
     if found[1] != 1:
-        raise ValueError(
-            "the page needs one pair of markers, <!-- by rule ... --> to <!-- end -->"
-        )
+        raise ValueError("the page needs one pair of markers, <!-- by rule ... --> to <!-- end -->")
     return found[0]
+
+
+def _all(how: str) -> str:
+    return "any of the six" if how == NEITHER else "all six"
 
 
 def _named(label: str) -> str:
