@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fam_plugins.core.contrast import Contrast, GalleryMean, reduced
+from fam_plugins.core.decompose import region_sum, warn_of_coverage
 from fam_plugins.core.eval_mode import eval_mode
 from fam_plugins.core.maps import MapPass
 from fam_plugins.core.references import embed_contrast
@@ -143,14 +144,17 @@ def explain_pair(
             check_embeddings(row, width=two.point.shape[1], what="contrast")
         with torch.no_grad():
             value = _pairwise(how, two.point)(one.point).clone()
-        maps, differences, deltas = [], [], []
+        maps, differences, deltas, shares = [], [], [], []
         for this, other in ((one, two), (two, one)):
             alike = _pairwise(how, other.point, against)
             maps.append(this.explain(alike))
+            shares.append((region_sum(maps[-1]), this.explained))
             if return_convergence_delta:
                 deltas.append(this.delta(alike, maps[-1]))
             if difference:
                 differences.append(this.explain(_apart(how, this.point, other.point)))
+    if chosen.adds_up:
+        warn_of_coverage(*shares)
     difference_a, difference_b = differences or (None, None)
     delta_a, delta_b = deltas or (None, None)
     return PairExplanation(maps[0], maps[1], value, difference_a, difference_b, delta_a, delta_b)
@@ -170,6 +174,7 @@ class _Side:
     def explain(self, of: Callable[[Tensor], Tensor]) -> Tensor:
         """The map ``[B, 1, ...]`` of a score ``[B]`` of the embedding."""
         ((found,),) = self._one.maps(lambda: of(self._embedding), retain_graph=True)
+        self.explained = self._one.scores
         return found
 
     def delta(self, of: Callable[[Tensor], Tensor], found: Tensor) -> Tensor:
@@ -179,7 +184,7 @@ class _Side:
                 constant = of(torch.zeros_like(self.point))
         else:
             constant = self._one.constant(lambda: of(embed(self._encoder, self._images)))
-        return found.flatten(1).sum(dim=1) + constant - self._one.scores
+        return region_sum(found) + constant - self._one.scores
 
 
 def _pairwise(

@@ -12,6 +12,7 @@ from captum.log import log_usage
 from torch import Tensor, nn
 
 from fam_plugins.captum.targets import TensorOrTensors, batch_size, run_forward, select_scores
+from fam_plugins.core.decompose import Decomposition, region_sum, warn_of_coverage
 from fam_plugins.core.layer_pass import LayerTensors
 from fam_plugins.core.many import as_indices, map_references
 from fam_plugins.core.maps import MapPass
@@ -132,7 +133,8 @@ class LayerFam(LayerAttribution):
                 doubt, or a delta asked of a rule that does not add up.
 
         Warns:
-            UserWarning: If rule ``"fam"`` meets a contrast set.
+            UserWarning: If rule ``"fam"`` meets a contrast set, or a map that promises shares
+                carries less than half of the score.
         """
         one = self._pass(attribute_to_layer_input)
         if return_convergence_delta and not one.rule.adds_up:
@@ -147,10 +149,55 @@ class LayerFam(LayerAttribution):
             forward, inputs, scores.select, sum_channels=attr_dim_summation, **(grad_kwargs or {})
         )
         result = _shown(maps, relu_attributions)
+        if one.rule.adds_up:
+            warn_of_coverage((region_sum(maps), one.scores))
         if not return_convergence_delta:
             return result
         constant = one.constant(lambda: scores.select(forward()))
-        return result, _total(maps) + constant - one.scores
+        return result, region_sum(maps) + constant - one.scores
+
+    @log_usage()
+    def decompose(
+        self,
+        inputs: TensorOrTensors,
+        target: Any = None,
+        additional_forward_args: Any = None,
+        attribute_to_layer_input: bool = False,
+    ) -> Decomposition:
+        """Split each image's score into its regions and every constant, by name.
+
+        Arguments and errors are those of :meth:`attribute`. Under a rule that does not add up,
+        ``"additive"`` takes its place. Two forward passes.
+
+        Returns:
+            A :class:`~fam_plugins.core.decompose.Decomposition`: maps, parts, score, gap, coverage.
+
+        Example:
+            >>> import torch
+            >>> from fam_plugins import SimilarityModel
+            >>> encoder = nn.Sequential(
+            ...     nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3)
+            ... )
+            >>> explainer = LayerFam(SimilarityModel(encoder, torch.eye(3)), "0", rule="centred")
+            >>> found = explainer.decompose(torch.rand(2, 3, 4, 4), target=1)
+            >>> list(found.parts), bool((found.gap.abs() < 1e-6).all())
+            (['regions', 'bias'], True)
+        """
+        own = find_rule(self.rule)
+        one = self._pass(attribute_to_layer_input, own if own.adds_up else find_rule("additive"))
+        pick = partial(select_scores, target=target)
+        scores = ModelScores(self.forward_func, pick, batch_size(inputs))
+        forward = partial(run_forward, scores.forward, inputs, None, additional_forward_args)
+        (maps,) = one.explain(forward, inputs, scores.select)
+        constant = one.constant(lambda: scores.select(forward()))
+        parts = {"regions": region_sum(maps), "bias": constant}
+        if scores.model is not None:
+            nothing = one.scores.new_zeros(len(one.scores), scores.model.references.shape[1])
+            with one.replayed():
+                offset = scores.select(nothing)
+            if (offset.abs() > 1e-6 * one.scores.abs()).any():  # more than rounding
+                parts |= {"bias": constant - offset, "offset": offset}
+        return Decomposition.of(_shown(maps, False), parts, one.scores)
 
     @log_usage()
     def attribute_references(
@@ -244,7 +291,7 @@ class LayerFam(LayerAttribution):
             attribute_to_layer_input,
             return_convergence_delta=True,
         )
-        difference: Tensor = delta + _total(attributions) - _total(maps)
+        difference: Tensor = delta + region_sum(attributions) - region_sum(maps)
         return difference
 
     def attribute_future(self, *_args: Any, **_kwargs: Any) -> None:
@@ -255,11 +302,11 @@ class LayerFam(LayerAttribution):
         """
         raise NotImplementedError("LayerFam has no asynchronous form: call attribute")
 
-    def _pass(self, at_input: bool = False) -> MapPass:
+    def _pass(self, at_input: bool = False, rule: Rule | None = None) -> MapPass:
         return MapPass(
             self.forward_func,
             [self.layer],
-            self.rule,
+            self.rule if rule is None else rule,
             self.reshape_transform,
             at_input=at_input,
             smooth=self.smooth,
@@ -270,10 +317,3 @@ def _shown(maps: LayerTensors, relu: bool) -> TensorOrTensors:
     """One tensor, or as many as the layer gives; positive parts if asked for."""
     shown = tuple(F.relu(part) for part in maps) if relu else maps
     return shown if len(shown) > 1 else shown[0]
-
-
-def _total(maps: TensorOrTensors) -> Tensor:
-    """The sum of each image's maps, ``[B]``."""
-    parts = maps if isinstance(maps, tuple) else (maps,)
-    total: Tensor = sum(part.flatten(1).sum(dim=1) for part in parts)  # type: ignore[assignment]
-    return total

@@ -6,7 +6,7 @@ against one row, scaled and shifted. So a contrast costs the same however large 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,20 +15,19 @@ from torch import Tensor
 
 from fam_plugins.core.similarity import Similarity, unit_length
 
-__all__ = ["Contrast", "GalleryMean", "check_mean", "mean_of", "reduced"]
+__all__ = ["Contrast", "GalleryMean", "check_averages", "mean_of", "reduced"]
 
 
 @dataclass(frozen=True, eq=False)
 class GalleryMean:
     """The mean score against a gallery: ``weight * score(row) + shift``, exactly.
 
-    What :func:`~fam_plugins.gallery_mean` returns; pass it as ``contrast=``. For cosine the row is
-    the mean of the unit vectors and the weight its length; for a squared distance it is the mean,
-    and the shift minus the variance around it; for a dot product it is the mean.
+    What :func:`~fam_plugins.gallery_mean` returns; pass it as ``contrast=``.
 
     Attributes:
-        row: ``[1, D]``.
-        terms: ``[2]``: weight and shift.
+        row: ``[1, D]``, the mean; under cosine of the unit vectors, at its own length.
+        terms: ``[2]``, weight and shift: under cosine the length of the row and 0, under a squared
+            distance 1 and minus the variance around the row.
         similarity: The name of the similarity it is exact for.
     """
 
@@ -59,33 +58,33 @@ Contrast = Tensor | GalleryMean | Literal["others"] | None
 def mean_of(similarity: Similarity, parts: Iterable[Tensor]) -> GalleryMean:
     """Reduce embeddings ``[B, D]``, part by part and in float64, to their mean."""
     total: Any = 0.0
-    square: Any = 0.0
-    count, like = 0, None
+    scored: Any = 0.0
+    count, like, one = 0, None, None
     for part in parts:
         # On the CPU: not every device has float64, and float32 would lose the last of a million.
         rows = part.detach().cpu().double()
-        rows = unit_length(rows) if similarity.scale_free else rows
-        total = total + rows.sum(dim=0)
-        square = square + rows.square().sum()
+        one = rows[:1] if one is None else one
+        total = total + (unit_length(rows) if similarity.scale_free else rows).sum(dim=0)
+        scored = scored + similarity.scores(one, rows).sum()
         count, like = count + len(rows), part
-    if like is None:
+    if like is None or one is None:
         raise ValueError("the loader is empty: pass at least one batch of images")
-    mean = total / count
-    found = check_mean(similarity)(mean, square / count)
-    terms = [torch.as_tensor(term, dtype=mean.dtype, device="cpu") for term in found]
-    return GalleryMean(mean[None], torch.stack(terms), similarity.name).to(like)
+    row = total[None] / count
+    weight = row.norm() if similarity.scale_free else torch.ones_like(total[0])
+    # What the score of any embedding shows, here of the first one, holds for all.
+    shift = scored / count - weight * similarity.scores(one, row)[0, 0]
+    return GalleryMean(row, torch.stack([weight, shift]), similarity.name).to(like)
 
 
-def check_mean(similarity: Similarity) -> Callable[..., tuple[Any, Any]]:
-    """The form of a mean of scores, refused where there is none."""
-    if similarity.of_mean is None:
+def check_averages(similarity: Similarity) -> None:
+    """Refuse a similarity whose mean no single row gives."""
+    if not similarity.averages:
         raise ValueError(
             f"the mean of {similarity.name!r} scores is no score against a mean, so no single row "
             "is exact: pass the embeddings themselves as contrast"
         )
-    return similarity.of_mean
 
 
 def reduced(similarity: Similarity, embeddings: Tensor) -> Tensor | GalleryMean:
     """Embeddings ``[M, D]`` as the row that is exact for them, or as they are if there is none."""
-    return embeddings if similarity.of_mean is None else mean_of(similarity, [embeddings])
+    return mean_of(similarity, [embeddings]) if similarity.averages else embeddings

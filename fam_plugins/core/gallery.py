@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from fam_plugins.core.messages import with_progress
 
 __all__ = ["Gallery", "is_on_disk"]
 
@@ -69,6 +71,11 @@ class Gallery:
         for start in range(0, len(self), step):
             part = np.array(self.array[start : start + step])
             yield self._checked(part, np.arange(start, start + len(part)), like)
+
+    def parts(self) -> Iterable[Tensor]:
+        """All rows as :meth:`chunks`, in float64 on the host, with a progress bar."""
+        like = torch.empty(0, dtype=torch.float64, device="cpu")
+        return with_progress(self.chunks(like=like), "averaging the gallery")
 
     def _checked(self, part: Any, numbers: Any, like: Tensor) -> Tensor:
         """``[n, D]`` as a tensor, refused with the row's number where it cannot be compared."""

@@ -145,7 +145,7 @@ class LayerPass:
     def _start(self, tensor: Tensor) -> Tensor:
         """Turn on autograd from this tensor on, or stay in the graph of an earlier layer."""
         if self._zeros:
-            return torch.zeros_like(tensor)
+            tensor = torch.zeros_like(tensor)
         if not self._differentiate:
             return tensor
         torch.set_grad_enabled(True)

@@ -17,8 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fam_plugins.core.decompose import region_sum, warn_of_coverage
 from fam_plugins.core.layer_pass import LayerTensors, products
 from fam_plugins.core.maps import MapPass
+from fam_plugins.core.own_norm import hold_own_norm
 from fam_plugins.core.scores import full_precision
 from fam_plugins.core.similarity_model import ModelScores
 
@@ -62,28 +64,36 @@ def map_references(
             if scores.model is None:  # the references of the others were counted before the pass
                 _check_range(indices, count)
             chosen = indices.to(end.device, copy=True)
+    # Behind a norm of the encoder's own, held constant, images share a matrix up to their lengths.
+    held = hold_own_norm(end) if scores.model is not None and one.rule.frozen else None
+    lengths = torch.ones_like(end[:, :1]) if held is None else held.to(end)
     tail = None
     if [len(maps) for maps in one.activations] == [1]:
         tail = _find_pooled_tail(
-            lambda cotangents: one.gradients(end, cotangents, retain_graph=True)[0][0],
+            lambda each: one.gradients(end, each * lengths, retain_graph=True)[0][0],
             end,
             count=chosen.shape[1],
             per_chunk=per_chunk,
         )
-    chunks = []
+    chunks, explained = [], []
     for part in torch.split(chosen, per_chunk, dim=1):
         with one.frozen():
-            wanted = _directions(scores, end, part)
+            wanted, values = _directions(scores, end, part)
+        explained.append(values)
         if tail is not None:
-            gradients = [[tail.gradients(wanted)]]
+            gradients = [[tail.gradients(wanted / lengths[:, None])]]
         else:
             gradients = one.gradients(end, wanted.transpose(0, 1), retain_graph=True)
         chunks.append(one.finish(gradients))
     one.warn()
-    return [
+    found = [
         tuple(torch.cat(parts, dim=1) for parts in zip(*of_layer, strict=True))
         for of_layer in zip(*chunks, strict=True)
     ]
+    if one.rule.adds_up:
+        total = torch.cat(explained, dim=1)
+        warn_of_coverage(*((region_sum(maps, leading=2), total) for maps in found))
+    return found
 
 
 def as_indices(indices: Any, scores: ModelScores, batch: int, per_chunk: int) -> Tensor | None:
@@ -135,11 +145,11 @@ def _check_range(chosen: Tensor, count: int | None) -> None:
         )
 
 
-def _directions(scores: ModelScores, end: Tensor, indices: Tensor) -> Tensor:
-    """Gradient of the scores at ``[B, c]`` with respect to the end ``[B, M]``: ``[B, c, M]``."""
+def _directions(scores: ModelScores, end: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradient of the scores at ``[B, c]`` by the end ``[B, M]``, ``[B, c, M]``; the scores."""
     if scores.model is None:
-        return F.one_hot(indices, end.shape[1]).to(end.dtype)
-    parts = []
+        return F.one_hot(indices, end.shape[1]).to(end.dtype), end.detach().gather(1, indices)
+    parts, picked = [], []
     for group, chosen in zip(
         torch.split(end.detach(), _IMAGES), torch.split(indices, _IMAGES), strict=True
     ):
@@ -151,7 +161,8 @@ def _directions(scores: ModelScores, end: Tensor, indices: Tensor) -> Tensor:
         if found is None:
             found = leaf.detach().new_zeros(chosen.shape[1], *leaf.shape)
         parts.append(found.detach().transpose(0, 1))
-    return torch.cat(parts)
+        picked.append(values.detach().gather(1, places))
+    return torch.cat(parts), torch.cat(picked)
 
 
 @dataclass(frozen=True)

@@ -169,7 +169,7 @@ class MapPass:
             torch.set_rng_state(cpu)
             if cuda:
                 torch.cuda.set_rng_state_all(cuda)
-            return zeros.run(forward)
+            return zeros.run(forward).detach()
 
     def replayed(self) -> AbstractContextManager[object]:
         """Within the block, scores are the linear functions that :meth:`maps` explained."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fam_plugins.core.contrast import GalleryMean, check_mean, mean_of, reduced
+from fam_plugins.core.contrast import GalleryMean, check_averages, mean_of, reduced
 from fam_plugins.core.eval_mode import check_module, eval_mode, place_of
 from fam_plugins.core.gallery import Gallery, is_on_disk
 from fam_plugins.core.messages import with_progress
@@ -130,34 +130,31 @@ def gallery_mean(
         tensor([[1.5000, 2.5000]])
     """
     chosen = as_similarity(similarity)
-    check_mean(chosen)
-    if loader is None and isinstance(encoder, nn.Module):
-        raise TypeError("there is no gallery: pass gallery_mean(encoder, loader)")
+    check_averages(chosen)
     if loader is None:
-        encoder, loader = nn.Identity(), as_tensor(encoder, "gallery")
+        if isinstance(encoder, nn.Module):
+            raise TypeError("there is no gallery: pass gallery_mean(encoder, loader)")
+        encoder, loader = nn.Identity(), encoder
     check_module(encoder, "encoder")
     with eval_mode(encoder):
         return mean_of(chosen, _gallery(encoder, loader))
 
 
-def _gallery(encoder: nn.Module, loader: Any) -> Iterable[Tensor]:
+def _gallery(encoder: nn.Module, loader: Any) -> Iterator[Tensor]:
     """What :func:`gallery_mean` was given, as embeddings ``[B, D]``, part by part."""
-    title = "averaging the gallery"
     if is_on_disk(loader):
-        like = torch.empty(0, dtype=torch.float64, device="cpu")
-        return with_progress(Gallery(loader).chunks(like=like), title)
+        yield from Gallery(loader).parts()
+        return
     if isinstance(loader, (Tensor, np.ndarray)):
-        return [embed_once(encoder, as_tensor(loader, "gallery"), "gallery")]
+        yield embed_once(encoder, as_tensor(loader, "gallery"), "gallery")
+        return
     if isinstance(loader, str) or not isinstance(loader, Iterable):
         kind = type(loader).__name__
         raise TypeError(f"a {kind} gives no batches: pass a DataLoader, or embeddings [M, D]")
-    return (_embedded(encoder, batch) for batch in with_progress(loader, title))
-
-
-def _embedded(encoder: nn.Module, batch: Any) -> Tensor:
-    found = embed(encoder, at_home(_images(batch), encoder, "images of the loader"))
-    check_embeddings(found, what="gallery embedding")
-    return found
+    for batch in with_progress(loader, "averaging the gallery"):
+        found = embed(encoder, at_home(_images(batch), encoder, "images of the loader"))
+        check_embeddings(found, what="gallery embedding")
+        yield found
 
 
 def embed_contrast(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fam_plugins.core.contrast import Contrast, GalleryMean
+from fam_plugins.core.own_norm import hold_own_norm
 from fam_plugins.core.similarity import Similarity, as_similarity
 
 __all__ = ["Frozen", "check_embeddings", "embed", "frozen_scores", "score"]
@@ -25,29 +26,31 @@ __all__ = ["Frozen", "check_embeddings", "embed", "frozen_scores", "score"]
 class Frozen:
     """What a pass notes of its scores: where they were frozen, and what is to be warned of.
 
-    ``points`` are embeddings ``[B, D]`` in the order in which they were scored. A second pass over
-    the same inputs can replay them, so that both passes evaluate the very same linear function:
-    that is how the constant term of a score is measured. Without ``freeze`` scores are only noted:
-    whether any was ``contrasted``, and, where length does not matter, which rows are ``zero``.
+    ``points`` are embeddings ``[B, D]`` in the order in which they were scored, each with the
+    lengths that the encoder divided by, if it ends in a norm. A second pass over the same inputs
+    can replay them, so that both passes evaluate the very same linear function: that is how the
+    constant term of a score is measured. Without ``freeze`` scores are only noted: whether any was
+    ``contrasted``, and, where length does not matter, which rows are ``zero``.
     """
 
-    points: list[Tensor] = field(default_factory=list)
+    points: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)
     freeze: bool = True
     contrasted: bool = False
     zero: list[Tensor] = field(default_factory=list)
-    _replay: Iterator[Tensor] | None = None
+    _replay: Iterator[tuple[Tensor, Tensor | None]] | None = None
 
-    def at(self, embeddings: Tensor) -> Tensor:
-        """The embeddings to freeze at: these ones, or the remembered ones on a replay."""
-        if self._replay is not None:
-            point = next(self._replay, None)
-            if point is None:
-                raise RuntimeError(
-                    "there are more scores to replay than were noted: replay only once"
-                )
-            return point
-        self.points.append(embeddings.detach())
-        return self.points[-1]
+    def at(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
+        """The embeddings to score, and those to freeze at: the same, or on a replay the noted."""
+        length = hold_own_norm(embeddings)
+        if self._replay is None:
+            self.points.append((embeddings.detach(), length))
+            return embeddings, self.points[-1][0]
+        point, noted = next(self._replay, (None, None))
+        if point is None:
+            raise RuntimeError("there are more scores to replay than were noted: replay only once")
+        if noted is not None and length is not None:
+            embeddings = embeddings * (length / noted)  # as if divided by the noted length
+        return embeddings, point
 
     @property
     def replaying(self) -> bool:
@@ -134,7 +137,8 @@ def score(
         if frozen is not None and chosen.scale_free and not frozen.replaying:
             frozen.zero.append((embeddings.detach() == 0).all(dim=1))
         if frozen is not None and frozen.freeze:
-            compare = partial(chosen.frozen, point=frozen.at(embeddings))
+            embeddings, point = frozen.at(embeddings)
+            compare = partial(chosen.frozen, point=point)
         scores = compare(embeddings, references.to(wide))
         if isinstance(contrast, GalleryMean):
             contrast.check(chosen)

@@ -35,10 +35,8 @@ class Similarity:
             averaged.
         by_reference: Whether each reference is scored apart from the others, so that a few of
             them can be scored alone.
-        of_mean: ``(mean [D], mean squared length [])`` of many references (at unit length where
-            ``scale_free``) -> ``(weight, shift)`` such that the mean of their scores is ``weight``
-            times the score against their mean, plus ``shift``. ``None`` if there is no such form:
-            then a contrast keeps all its embeddings.
+        averages: Whether the mean score against many references is the score against their mean
+            (of unit vectors where ``scale_free``), up to a weight and a shift.
 
     Example:
         >>> halved = Similarity("halved", lambda z, t: z @ t.T / 2, lambda z, t, at: z @ t.T / 2)
@@ -51,7 +49,7 @@ class Similarity:
     linear: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
     scale_free: bool = False
     by_reference: bool = True
-    of_mean: Callable[[Tensor, Tensor], tuple[Tensor | float, Tensor | float]] | None = None
+    averages: bool = False
 
     def __post_init__(self) -> None:
         if not callable(self.compare) or not (self.linear is None or callable(self.linear)):
@@ -109,20 +107,12 @@ def _cosine_linear(embeddings: Tensor, references: Tensor, frozen_at: Tensor) ->
     return unit_length(embeddings, frozen_at) @ unit_length(references).T
 
 
-def _cosine_of_mean(mean: Tensor, _square: Tensor) -> tuple[Tensor, float]:
-    return mean.norm(), 0.0
-
-
 def _dot(embeddings: Tensor, references: Tensor) -> Tensor:
     return embeddings @ references.T
 
 
 def _dot_linear(embeddings: Tensor, references: Tensor, _frozen_at: Tensor) -> Tensor:
     return embeddings @ references.T
-
-
-def _dot_of_mean(_mean: Tensor, _square: Tensor) -> tuple[float, float]:
-    return 1.0, 0.0
 
 
 def _sqeuclidean(embeddings: Tensor, references: Tensor) -> Tensor:
@@ -132,15 +122,6 @@ def _sqeuclidean(embeddings: Tensor, references: Tensor) -> Tensor:
 def _sqeuclidean_linear(embeddings: Tensor, references: Tensor, _frozen_at: Tensor) -> Tensor:
     # -|z - t|^2 without -|z|^2, which is the same for every reference (ProtoNet's linear view).
     return 2 * embeddings @ references.T
-
-
-def _sqeuclidean_of_mean(mean: Tensor, square: Tensor) -> tuple[float, Tensor]:
-    return 1.0, mean.square().sum() - square
-
-
-def _unit_sqeuclidean_of_mean(mean: Tensor, _square: Tensor) -> tuple[Tensor, Tensor]:
-    # -|u - t|^2 = 2 cos - 2 between unit vectors: a cosine's weight, and what is left of the 2.
-    return mean.norm(), 2 * mean.norm() - 2
 
 
 def _euclidean(embeddings: Tensor, references: Tensor) -> Tensor:
@@ -158,9 +139,9 @@ def _euclidean_linear(embeddings: Tensor, references: Tensor, frozen_at: Tensor)
 SIMILARITIES: dict[str, Similarity] = {
     similarity.name: similarity
     for similarity in (
-        Similarity("cosine", _cosine, _cosine_linear, scale_free=True, of_mean=_cosine_of_mean),
-        Similarity("dot", _dot, _dot_linear, of_mean=_dot_of_mean),
-        Similarity("sqeuclidean", _sqeuclidean, _sqeuclidean_linear, of_mean=_sqeuclidean_of_mean),
+        Similarity("cosine", _cosine, _cosine_linear, scale_free=True, averages=True),
+        Similarity("dot", _dot, _dot_linear, averages=True),
+        Similarity("sqeuclidean", _sqeuclidean, _sqeuclidean_linear, averages=True),
         Similarity("euclidean", _euclidean, _euclidean_linear),
     )
 }
@@ -239,15 +220,8 @@ class _OnUnitLength:
 def on_unit_length(inner: Similarity, *, references_too: bool = True) -> Similarity:
     """Compare after dividing embeddings by their L2 norm; frozen, the norm is constant."""
     both = _OnUnitLength(inner, references_too)
-    return Similarity(
-        f"{inner.name} at unit length",
-        both.compare,
-        both.linear,
-        scale_free=True,
-        of_mean=_unit_sqeuclidean_of_mean
-        if references_too and inner.name == "sqeuclidean"
-        else None,
-    )
+    name, averages = f"{inner.name} at unit length", references_too and inner.averages
+    return Similarity(name, both.compare, both.linear, scale_free=True, averages=averages)
 
 
 def _from_metric_learning(distance: Any) -> Similarity:

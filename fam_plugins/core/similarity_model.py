@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from fam_plugins.core.contrast import Contrast, GalleryMean, mean_of
 from fam_plugins.core.eval_mode import check_module
 from fam_plugins.core.gallery import Gallery, is_on_disk
-from fam_plugins.core.messages import with_progress
 from fam_plugins.core.references import (
     as_tensor,
     embed_contrast,
@@ -110,8 +109,8 @@ class SimilarityModel(nn.Module):
                     'contrast="others" needs at least 2 references and there is 1: pass '
                     "embeddings or images as contrast instead"
                 )
-            if chosen.of_mean is not None:
-                against = _mean_of_all(chosen, rows)
+            if chosen.averages:
+                against = mean_of(chosen, rows.parts() if isinstance(rows, Gallery) else [rows])
         elif contrast is not None:
             against = embed_contrast(encoder, contrast, chosen, chunk_size, width=rows.shape[1])
         self.encoder = encoder
@@ -291,13 +290,6 @@ class SimilarityModel(nn.Module):
             return "no contrast"
         mean = isinstance(self.contrast, GalleryMean)
         return f"{'others' if self._others else 'a mean' if mean else 'embeddings'} as contrast"
-
-
-def _mean_of_all(similarity: Similarity, rows: Tensor | Gallery) -> GalleryMean:
-    if isinstance(rows, Tensor):
-        return mean_of(similarity, [rows])
-    like = torch.empty(0, dtype=torch.float64, device="cpu")
-    return mean_of(similarity, with_progress(rows.chunks(like=like), "averaging the references"))
 
 
 class ModelScores:

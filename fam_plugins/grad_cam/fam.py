@@ -10,6 +10,7 @@ import torch
 from pytorch_grad_cam.utils.svd_on_activations import get_2d_projection
 from torch import Tensor, nn
 
+from fam_plugins.core.decompose import region_sum, warn_of_coverage
 from fam_plugins.core.eval_mode import check_module, eval_mode
 from fam_plugins.core.layer_pass import find_layer
 from fam_plugins.core.many import as_indices, map_references
@@ -113,7 +114,10 @@ class FAM(OnePassCAM):
         self, one: MapPass, outputs: Any, targets: Sequence[Target], eigen_smooth: bool
     ) -> Iterator[tuple[Tensor, np.ndarray]]:
         """Explain a pass: for each target layer its map ``[B, 1, h, w]``, and as float32 array."""
-        for (maps,) in one.maps(lambda: _scores(outputs, targets), sum_channels=not eigen_smooth):
+        found = one.maps(lambda: _scores(outputs, targets), sum_channels=not eigen_smooth)
+        if one.rule.adds_up:
+            warn_of_coverage(*((region_sum(maps), one.scores) for maps in found))
+        for (maps,) in found:
             if eigen_smooth:
                 summed = check_finite(maps.sum(dim=1, keepdim=True))
                 yield summed, get_2d_projection(to_numpy(maps))

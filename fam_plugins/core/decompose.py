@@ -1,0 +1,68 @@
+"""Where a score went: what its regions carry, what constants carry, and what is left over."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fam_plugins.core.layer_pass import LayerTensors
+from fam_plugins.core.messages import warn_user
+
+__all__ = ["Decomposition", "region_sum", "warn_of_coverage"]
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """A score ``[B]``, part by part.
+
+    Attributes:
+        maps: ``[B, 1, h, w]``: the shares of the regions; a tuple if the layer gives several.
+        parts: The score by name, ``[B]`` each. ``"regions"``: the sum of the maps. ``"bias"``:
+            what the score would be if the layer gave zeros, through biases behind it.
+            ``"offset"``: where there is one, the score of an embedding of zeros, such as minus
+            the squared lengths in a squared distance.
+        score: ``[B]``: the score that is explained, less its contrast.
+        gap: ``[B]``: the sum of the parts minus the score. Zero to rounding where everything
+            behind the layer is linear, otherwise the size of the first-order error.
+        coverage: ``[B]``: the regions' share of the score. Near 1 the map tells the whole story;
+            near 0 it is about a small rest; NaN for a score of zero without regions.
+    """
+
+    maps: Tensor | LayerTensors
+    parts: dict[str, Tensor]
+    score: Tensor
+    gap: Tensor
+    coverage: Tensor
+
+    @classmethod
+    def of(
+        cls, maps: Tensor | LayerTensors, parts: dict[str, Tensor], score: Tensor
+    ) -> Decomposition:
+        """Work out the gap and the coverage."""
+        gap = torch.stack(list(parts.values())).sum(dim=0) - score
+        return cls(maps, parts, score, gap, parts["regions"] / score)
+
+
+def region_sum(maps: Tensor | LayerTensors, leading: int = 1) -> Tensor:
+    """The sum of each image's maps, ``[B]``; of maps ``[B, k, ...]`` with 2 ``leading``."""
+    parts = maps if isinstance(maps, tuple) else (maps,)
+    total: Tensor = sum(p.flatten(leading).sum(dim=leading) for p in parts)  # type: ignore[assignment]
+    return total
+
+
+def warn_of_coverage(*sums_and_scores: tuple[Tensor, Tensor]) -> None:
+    """Warn, once for all of them, of maps whose regions carry less than half of their score."""
+    for regions, scores in sums_and_scores:
+        if regions.shape != scores.shape:
+            continue  # one score for the whole batch
+        low = (regions.abs() < scores.abs() / 2).nonzero()
+        if len(low):
+            where = tuple(low[0].tolist())
+            total, part = float(scores[where]), float(regions[where])
+            warn_user(
+                f"the regions carry {part:.3g} of a score of {total:.3g} (image {where[0]}): read "
+                "the map as shares of that; LayerFam.decompose names the rest"
+            )
+            return
