@@ -1,4 +1,4 @@
-"""The map-quality benchmark: its rule, its intervals, CAPE's metrics, and the whole in miniature."""
+"""The map-quality benchmark: its rule, its intervals, CAPE's metrics, the whole in miniature."""
 
 from __future__ import annotations
 

@@ -22,12 +22,7 @@ from fam_plugins.core.scores import check_floats
 from fam_plugins.core.similarity import Similarity, as_similarity
 from fam_plugins.core.similarity_model import SimilarityModel
 from fam_plugins.core.smooth import smoothed
-from fam_plugins.quality.measures import (
-    Evaluation,
-    deletion_and_insertion,
-    pointing,
-    rank_correlation,
-)
+from fam_plugins.quality.measures import Evaluation, perturbation, pointing, rank_correlation
 
 __all__ = ["evaluate", "explain"]
 
@@ -57,11 +52,10 @@ def evaluate(
     Args:
         explainers: Label -> a rule; a class of Captum or pytorch-grad-cam, or a
             :func:`functools.partial` of one; or a function ``(model, layer, images, targets)`` ->
-            maps ``[B, h, w]``. ``model`` is a :class:`~fam_plugins.SimilarityModel`, the same for
-            all. Maps of pytorch-grad-cam are taken at the layer's size.
+            maps ``[B, h, w]``, its model the same :class:`~fam_plugins.SimilarityModel` for all.
         encoder: Images -> embeddings ``[B, D]``; also of mosaics, which are twice the size.
         layer: The layer to explain, or its name.
-        dataset: Gives images ``[C, H, H]``, ready for the encoder, with labels, such as an
+        dataset: Images ``[C, H, H]``, ready for the encoder, with labels, such as an
             ``ImageFolder``. Classes of no more than ``shots`` images are left out.
         similarity: As for :class:`~fam_plugins.SimilarityModel`.
         contrast: As there, or ``"gallery"``: the images of all references.
@@ -101,16 +95,15 @@ def evaluate(
         for weight in encoder.parameters():  # pytorch-grad-cam clears gradients and leaves its own
             stack.callback(setattr, weight, "grad", weight.grad)
             weight.grad = None
-        blocks = torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[])
-        for block in (*blocks, eval_mode(encoder)):
-            stack.enter_context(block)
-        torch.manual_seed(seed)
+        modes = torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[])
+        for mode in (*modes, eval_mode(encoder)):
+            stack.enter_context(mode)
+        torch.default_generator.manual_seed(seed)  # not of the devices
         shot = torch.cat([embed_once(encoder, _load(dataset, of), "supports") for of in rows])
         references = prototypes(shot, np.arange(len(shot)) // shots, chosen)
-        against = shot if gallery else contrast
         model, judge = (
-            SimilarityModel(encoder, references, similarity=chosen, contrast=one)
-            for one in (against, "others")
+            SimilarityModel(encoder, references, similarity=chosen, contrast=against)
+            for against in (shot if gallery else contrast, "others")
         )
         work = [(label, *asked) for label in methods for kind in questions for asked in kind]
         for label, images, targets, *mosaic in with_progress(work, "evaluating maps"):
@@ -121,30 +114,24 @@ def evaluate(
             if mosaic:
                 other, _ = explain(methods[label], model, module, inputs, mosaic[1], smooth)
                 gap = (maps.sum((1, 2)) - _scores(model, targets, inputs)).abs()
-                one = pointing(maps, shown, mosaic[0]) | {
-                    "additivity": gap if adds_up else gap * torch.nan,
-                    "sensitivity": rank_correlation(maps, other),
-                }
-            # A fifth of an object: no stroke or texture survives.
-            kind, side = ("mosaic", 10) if mosaic else ("single", 5)
-            width, sigma = images.shape[-1] // 2 * 2 - 1, [images.shape[-1] / side] * 2
+                one = pointing(maps, shown, mosaic[0])
+                one["additivity"] = gap if adds_up else gap * torch.nan
+                one["sensitivity"] = rank_correlation(maps, other)
+            # Blurred by a fifth of an object: no stroke or texture survives.
+            kind, part = ("mosaic", 10) if mosaic else ("single", 5)
+            width, sigma = images.shape[-1] // 2 * 2 - 1, [images.shape[-1] / part] * 2
             blurred = gaussian_blur(gaussian_blur(inputs, [width, 1], sigma), [1, width], sigma)
-            score = partial(_scores, judge, targets)
-            areas = deletion_and_insertion(score, inputs, blurred, shown, steps)
+            areas = perturbation(partial(_scores, judge, targets), inputs, blurred, shown, steps)
             one |= {f"{kind} deletion": areas[0], f"{kind} insertion": areas[1]}
             for name, value in one.items():
                 found[label].setdefault(name, []).append(value.double())
-        right = [
-            judge(at_home(images, encoder, "images")).argmax(1).cpu() == targets
-            for images, targets in questions[1]
-        ]
-    return Evaluation(
-        {
-            label: {name: torch.cat(parts).numpy() for name, parts in columns.items()}
-            for label, columns in found.items()
-        },
-        torch.cat(right).double().mean().item(),
-    )
+        single = [(at_home(images, encoder, "images"), targets) for images, targets in questions[1]]
+        right = [judge(images).argmax(1).cpu() == targets for images, targets in single]
+    values = {
+        label: {name: torch.cat(parts).numpy() for name, parts in columns.items()}
+        for label, columns in found.items()
+    }
+    return Evaluation(values, torch.cat(right).double().mean().item())
 
 
 def explain(

@@ -15,7 +15,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["MEASURES", "Evaluation", "deletion_and_insertion", "pointing", "rank_correlation"]
+__all__ = ["MEASURES", "Evaluation", "perturbation", "pointing", "rank_correlation"]
 
 MEASURES = {
     "energy": "energy on the match ↑",
@@ -55,26 +55,24 @@ def rank_correlation(first: Tensor, second: Tensor) -> Tensor:
     return correlation
 
 
-def deletion_and_insertion(
+def perturbation(
     score: Callable[[Tensor], Tensor], images: Tensor, baseline: Tensor, maps: Tensor, steps: int
 ) -> list[Tensor]:
-    """Areas under the score while patches, brightest first, go and come (arXiv 1806.07421).
+    """Deletion and insertion (arXiv 1806.07421): areas under the score of images ``[B, C, H, W]``.
 
-    ``score`` takes images ``[B, C, H, W]``; ``baseline`` replaces what is missing of them.
+    Of 100 patches the brightest become, or stop being, those of the baseline first.
     """
     values = F.interpolate(maps[:, None], (10, 10), mode="area").flatten(1)
     # Equal ones in random order: reading order would favour maps with large areas of zeros.
-    shuffled = torch.rand(values.shape).argsort(1)
-    order = shuffled.gather(
-        1, values.gather(1, shuffled).argsort(dim=1, descending=True, stable=True)
-    )
+    mixed = torch.rand(values.shape).argsort(1)
+    order = mixed.gather(1, values.gather(1, mixed).argsort(dim=1, descending=True, stable=True))
     turn = F.interpolate(order.argsort(1).reshape(-1, 1, 10, 10).float(), images.shape[2:])
     counts, turn = torch.linspace(0, 100, steps + 1).round().tolist(), turn.to(images.device)
     curves = [
         torch.stack([score(torch.where(turn < count, after, before)) for count in counts])
         for before, after in ((images, baseline), (baseline, images))
     ]
-    return [torch.trapezoid(curve, dx=1 / steps, dim=0).cpu() for curve in curves]
+    return [torch.trapezoid(curve, dx=1 / steps, dim=0) for curve in curves]
 
 
 def _ranks(maps: Tensor) -> Tensor:
@@ -121,7 +119,8 @@ class Evaluation:
         for axis, measure in zip(figure.subplots(1, 9, sharey=True), MEASURES, strict=True):
             found = [_interval(columns[measure]) for columns in self.values.values()]
             mean, low, high = np.array(found).T
-            axis.errorbar(mean, rows, xerr=(mean - low, high - mean), fmt="o", capsize=2)
+            sides = np.maximum((mean - low, high - mean), 0)  # rounding, of equal values
+            axis.errorbar(mean, rows, xerr=sides, fmt="o", capsize=2)
             # The arrow as a word: not every font has it.
             title = MEASURES[measure].replace("↑", "\n(higher is better)")
             axis.set_title(title.replace("↓", "\n(lower is better)"), fontsize=8)
@@ -137,5 +136,4 @@ def _interval(values: np.ndarray) -> tuple[float, float, float]:
         return np.nan, np.nan, np.nan
     means = np.random.default_rng(0).choice(known, (2000, len(known))).mean(axis=1)
     low, high = np.percentile(means, [2.5, 97.5])
-    mean = known.mean()  # rounding may put the mean of equal values outside
-    return float(mean), float(min(low, mean)), float(max(high, mean))
+    return float(known.mean()), float(low), float(high)

@@ -14,7 +14,7 @@ from torch.nn.functional import interpolate
 from fam_plugins.quality.measures import (
     MEASURES,
     Evaluation,
-    deletion_and_insertion,
+    perturbation,
     pointing,
     rank_correlation,
 )
@@ -91,7 +91,7 @@ def test_deletion_and_insertion_by_hand(steps):
     def score(given):
         return (given * weights).square().sum(dim=(1, 2, 3))
 
-    found = deletion_and_insertion(score, images, baseline, maps, steps)
+    found = perturbation(score, images, baseline, maps, steps)
     for k in range(2):
         means = [
             (maps[k, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2].mean().item(), i, j)
@@ -117,7 +117,7 @@ def test_equal_patches_go_in_random_order():
     torch.manual_seed(0)
     images = torch.zeros(300, 1, 10, 10)
     images[:, 0, 0, 0] = 1  # first in reading order: deleted at once, or last
-    areas, _ = deletion_and_insertion(
+    areas, _ = perturbation(
         lambda x: x.sum(dim=(1, 2, 3)), images, 0 * images, torch.zeros(300, 10, 10), 10
     )
     assert 0.4 < areas.mean().item() < 0.6
@@ -137,7 +137,6 @@ def evaluation():
 def test_a_difference_is_paired(evaluation):
     mean, low, high = evaluation.difference("second", "first", "energy")
     assert (mean, low, high) == pytest.approx((1, 1, 1))
-    assert low <= mean <= high
     assert all(map(math.isnan, evaluation.difference("second", "first", "additivity")))
     values = evaluation.values["first"]["point"]
     _, low, high = Evaluation(
