@@ -189,6 +189,13 @@ def test_gallery_mean_takes_loaders_and_arrays(similarity, tmp_path):
             close(found.terms, mean.terms)
 
 
+def test_a_gallery_on_disk_is_read_in_parts(tmp_path, monkeypatch):
+    monkeypatch.setattr("fam_plugins.core.references.embed_once", lambda *_: pytest.fail("read"))
+    np.save(tmp_path / "rows.npy", rows(9, 0).numpy())
+    mean = gallery_mean(np.load(tmp_path / "rows.npy", mmap_mode="r"), similarity="dot")
+    close(mean.row[0], rows(9, 0).mean(dim=0))
+
+
 def test_many_batches_lose_no_digits():
     batches = 1000 + torch.randn(1000, 100, 2, generator=torch.Generator().manual_seed(0))
     mean = gallery_mean(nn.Flatten(), list(batches), similarity="dot")

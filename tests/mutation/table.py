@@ -41,9 +41,9 @@ SIMILARITY = of(
     ("return 2 * embeddings @ references.T", "return embeddings @ references.T"),
     ("distance > 0, 0.5 / distance", "distance > 0, 1 / distance"),
     ("0.5 / distance, torch.zeros_like(distance)", "0.5 / distance, 0.5 / distance"),
-    ('Similarity("cosine", _cosine, _cosine_linear, scale_free=True)',
-     'Similarity("cosine", _cosine, _cosine_linear)'),
-    ("both.compare, both.linear, scale_free=True)", "both.compare, both.linear)"),
+    ('Similarity("cosine", _cosine, _cosine_linear, scale_free=True,',
+     'Similarity("cosine", _cosine, _cosine_linear,'),
+    ("both.linear, scale_free=True, averages", "both.linear, averages"),
     ("rtol=1e-6)", "rtol=1e-1)"),
     ("elif distance.power not in ((1,) if inverted else (1, 2)):", "elif distance.power > 2:"),
     ("return unit_length(references) if self.references_too else references",
@@ -54,7 +54,7 @@ SIMILARITY = of(
 
 SCORES = of(
     "core/scores.py",
-    "core/test_similarity.py core/test_similarity_model.py core/test_maps.py",
+    "core/test_similarity.py core/test_similarity_model.py core/test_maps.py core/test_own_norm.py",
     ("wide = torch.promote_types(given, torch.float32)", "wide = given"),
     ("with full_precision(embeddings.device):", "if True:"),
     ("contrast.to(wide)).mean(dim=1", "contrast).mean(dim=1"),
@@ -62,9 +62,11 @@ SCORES = of(
     ("frozen.contrasted = True", "pass"),
     ("if given == torch.float16 and not", "if given == torch.bfloat16 and not"),
     ("if frozen is not None and frozen.freeze:", "if frozen is not None:"),
-    ("            return point\n", "            return embeddings.detach()\n"),
+    ("        return embeddings, point\n", "        return embeddings, embeddings.detach()\n"),
+    ("embeddings = embeddings * (length / noted)", "pass"),
     ("frozen._replay = iter(frozen.points) if replay else None", "frozen._replay = None"),
-    ("self.points.append(embeddings.detach())", "self.points.append(embeddings)"),
+    ("self.points.append((embeddings.detach(), length))",
+     "self.points.append((embeddings, length))"),
     ("ACTIVE.reset(token)", "pass"),
     ("torch.isfinite(embeddings.detach()).all(dim=1)",
      "torch.isfinite(embeddings.detach().sum(1))"),
@@ -74,13 +76,12 @@ SCORES = of(
 
 REFERENCES = of(
     "core/references.py",
-    "core/test_references.py core/test_average.py core/test_similarity_model.py",
-    ("rows = found.cpu().double()", "rows = found.cpu()"),
-    ("with torch.inference_mode(False), torch.no_grad(), eval_mode(encoder):",
-     "with torch.no_grad(), eval_mode(encoder):"),
-    ("with torch.inference_mode(False), torch.no_grad(), eval_mode(encoder):",
-     "with torch.inference_mode(False), torch.no_grad():"),
-    ("return (total / count)[None].to(found)", "return (total / count)[None].float()"),
+    "core/test_references.py core/test_contrast.py core/test_similarity_model.py",
+    ("    with eval_mode(encoder):\n        return mean_of",
+     "    if True:\n        return mean_of"),
+    ("        yield from Gallery(loader).parts()\n        return\n", "        pass\n"),
+    ("    contrast.check(similarity)\n", ""),
+    ('check_embeddings(contrast.row, width=width, what="contrast")', "pass"),
     ("unit_length(wide).to(embeddings.dtype)", "unit_length(wide)"),
     ("wide = supports.to(torch.promote_types(supports.dtype, torch.float32))", "wide = supports"),
     ("return sorted(distinct)", "return distinct"),
@@ -89,6 +90,48 @@ REFERENCES = of(
     ("found = given.clone()", "found = given"),
     ("dtype=dtype or given.dtype)", "dtype=dtype or torch.float32)"),
     ("if np.ma.isMaskedArray(values):", "if False:"),
+)  # fmt: skip
+
+CONTRAST = of(
+    "core/contrast.py",
+    "core/test_contrast.py",
+    ("@torch.inference_mode(False)\n", ""),
+    ("@torch.no_grad()\n", ""),
+    ("rows = part.detach().cpu().double()", "rows = part.detach().cpu()"),
+    ("(unit_length(rows) if similarity.scale_free else rows).sum", "rows.sum"),
+    ("row.norm() if similarity.scale_free else torch.ones_like(total[0])", "row.norm()"),
+    ("row.norm() if similarity.scale_free else torch.ones_like(total[0])",
+     "torch.ones_like(total[0])"),
+    ("- weight * similarity.scores(one, row)[0, 0]", "- similarity.scores(one, row)[0, 0]"),
+    ("torch.promote_types(like.dtype, torch.float32)", "like.dtype"),
+    ("if similarity.averages else embeddings", "if similarity.linear else embeddings"),
+)  # fmt: skip
+
+OWN_NORM = of(
+    "core/own_norm.py",
+    "core/test_own_norm.py",
+    ("    node.register_hook(hold)\n", ""),
+    ("None if i == place else found", "found"),
+    ("Unbind|", ""),
+    ("if not (is_unit | (rows == 0).all(dim=1)).all():", "if False:"),
+    ('place, saved = 0, "_saved_other"', "pass"),
+)
+
+DECOMPOSE = of(
+    "core/decompose.py",
+    "core/test_decompose.py",
+    ("scores.abs() / 2)", "scores.abs() / 3)"),
+    ("            return\n", ""),
+    (".sum(dim=0) - score", ".sum(dim=0) - score.abs()"),
+    ('parts["regions"] / score', 'score / parts["regions"]'),
+)
+
+SMOOTH = of(
+    "core/smooth.py",
+    "core/test_smooth.py",
+    ("maps.narrow(dim, 0, 1), maps.narrow(dim, 0, size - 1)",
+     "maps.narrow(dim, size - 1, 1), maps.narrow(dim, 0, size - 1)"),
+    ("2 * maps", "maps"),
 )  # fmt: skip
 
 RULES = of(
@@ -114,8 +157,8 @@ MAPS = of(
     "core/test_maps.py core/test_transforms.py captum/test_layer_fam.py test_pair.py",
     ("wide = torch.promote_types(activation.dtype, torch.float32)", "wide = activation.dtype"),
     ("with torch.no_grad(), full_precision(activation.device):", "with torch.no_grad():"),
-    ("maps.to(activation.dtype).reshape(shape).contiguous()",
-     "maps.to(activation.dtype).reshape(shape)"),
+    ("maps.to(activation.dtype).contiguous()",
+     "maps.to(activation.dtype)"),
     ("if not torch.isfinite(attribution).all():", "if torch.isnan(attribution).any():"),
     ("and not arranged.any() and tensors[0].any()", "and not arranged.any()"),
     ("at_input=self._at_input, zeros=True)", "zeros=True)"),
@@ -215,17 +258,19 @@ OTHERS_OF_CORE = [
     ),
     *of(
         "core/similarity_model.py",
-        "core/test_similarity_model.py core/test_many.py core/test_gallery.py",
+        "core/test_similarity_model.py core/test_many.py core/test_gallery.py "
+        "core/test_contrast.py",
         ("similarity=similarity,\n            contrast=contrast,\n            chunk_size",
          "similarity=similarity,\n            chunk_size"),
         ('embed_once(encoder, given, "supports", chunk_size)',
          'embed_once(encoder, given, "supports")'),
         (" and kind.forward is SimilarityModel.forward:", ":"),
-        ("if rows is not None and not self._others and", "if rows is not None and"),
-        ("return subtract_others(scores) if self._others else scores", "return scores"),
+        ("not self._similarity.by_reference or (self._others and self._against is None)", "False"),
+        ("subtract_others(scores) if self._others and self._against is None else scores", "scores"),
+        ("(len(self.references) / (len(self.references) - 1))", "1"),
         ("self.training = encoder.training", "pass"),
         ("if saved != own:", "if False:"),
-        ("part, self.contrast_embeddings)", "part)"),
+        ("embeddings, references, against)", "embeddings, references)"),
         ("model.labels = tuple(unique_labels(names))", "model.labels = tuple(names)"),
     ),
     *of(
@@ -250,8 +295,9 @@ CAPTUM = [
         ("references_per_chunk: int = 64", "references_per_chunk: int = 1"),
         ("scores.forward, inputs, None, additional_forward_args),\n            inputs",
          "scores.forward, inputs, None, None),\n            inputs"),
-        ("return result, _total(maps) + constant", "return result, _total((result,)) + constant"),
-        ("difference: Tensor = delta + _total(attributions) - _total(maps)",
+        ("return result, region_sum(maps) + constant",
+         "return result, region_sum((result,)) + constant"),
+        ("difference: Tensor = delta + region_sum(attributions) - region_sum(maps)",
          "difference: Tensor = delta"),
         ("sum_channels=attr_dim_summation", "sum_channels=True"),
     ),
@@ -414,8 +460,9 @@ PAIR = of(
     "test_pair.py",
     ("    with eval_mode(encoder):\n", "    if True:\n"),
     ("score(how, mine[None], other[None], contrast)[0]", "score(how, mine[None], other[None])[0]"),
-    ("reshape_transform, regions=1)", "reshape_transform)"),
-    ("against = side(contrast).point", "against = embed_once(encoder, contrast, 'contrast')"),
+    ("reshape_transform, regions=1, ", "reshape_transform, "),
+    ("against = reduced(how, side(contrast).point)",
+     "against = embed_contrast(encoder, contrast, how)"),
     ("like(embeddings) - unlike(embeddings)", "unlike(embeddings) - like(embeddings)"),
     ("_pairwise(how, other.point, against)", "_pairwise(how, other.point)"),
     ("constant = of(torch.zeros_like(self.point))", "constant = 0 * of(self.point)"),
@@ -423,6 +470,7 @@ PAIR = of(
 )  # fmt: skip
 
 MUTANTS = [
-    *SIMILARITY, *SCORES, *REFERENCES, *RULES, *MAPS, *MANY, *LAYER_PASS, *TRANSFORMS,
-    *OTHERS_OF_CORE, *CAPTUM, *GRAD_CAM, *CAPE, *INTEROP, *PLOTS, *PAIR,
+    *SIMILARITY, *SCORES, *REFERENCES, *CONTRAST, *OWN_NORM, *DECOMPOSE, *SMOOTH, *RULES, *MAPS,
+    *MANY, *LAYER_PASS, *TRANSFORMS, *OTHERS_OF_CORE, *CAPTUM, *GRAD_CAM, *CAPE, *INTEROP, *PLOTS,
+    *PAIR,
 ]  # fmt: skip
