@@ -95,8 +95,9 @@ def evaluate(
         for weight in encoder.parameters():  # pytorch-grad-cam clears gradients and leaves its own
             stack.callback(setattr, weight, "grad", weight.grad)
             weight.grad = None
-        modes = torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[])
-        for mode in (*modes, eval_mode(encoder)):
+        # inference_mode(False) also switches gradients on.
+        modes = torch.inference_mode(False), torch.random.fork_rng(devices=[]), eval_mode(encoder)
+        for mode in modes:
             stack.enter_context(mode)
         torch.default_generator.manual_seed(seed)  # not of the devices
         shot = torch.cat([embed_once(encoder, _load(dataset, of), "supports") for of in rows])
