@@ -119,12 +119,13 @@ def test_a_map_that_is_right_scores_best():
 
     net = nn.Sequential(nn.Identity(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     data = TensorDataset(images, labels)
-    found = evaluate({"right": right, "wrong": wrong}, net, "0", data, **FEW)
+    many = FEW | {"mosaics": 12}
+    found = evaluate({"right": right, "wrong": wrong}, net, "0", data, **many)
     best, worst = found.values["right"], found.values["wrong"]
     assert found.accuracy == 1
     for name in ("energy", "point", "auc"):
-        assert best[name].tolist() == [1] * 4
-        assert worst[name].tolist() == [0] * 4
+        assert best[name].tolist() == [1] * 12
+        assert worst[name].tolist() == [0] * 12
     assert (best["mosaic deletion"] < worst["mosaic deletion"]).all()
     assert (best["mosaic insertion"] > worst["mosaic insertion"]).all()
     assert (best["sensitivity"] < 0).all()
@@ -209,22 +210,31 @@ def test_image_folders_and_black_images(tmp_path):
     assert np.isfinite(found.values["ScoreCAM"]["energy"]).all()
 
 
+class Lazy(Colours):
+    """Has torchvision's targets, and notes which images are read."""
+
+    def __init__(self, count):
+        super().__init__(count)
+        self.targets, self.read = self.tensors[1].tolist(), []
+
+    def __getitem__(self, index):
+        self.read.append(index)
+        return super().__getitem__(index)
+
+
 def test_labels_are_read_from_targets_when_there_are_any():
-    class Lazy(Colours):
-        reads = 0
-
-        @property
-        def targets(self):
-            return self.tensors[1].tolist()
-
-        def __getitem__(self, index):
-            self.reads += 1
-            return super().__getitem__(index)
-
     lazy, plain = Lazy(1000), Colours(1000)
     found = [evaluate({"a": "centred"}, encoder(), "last", data, **FEW) for data in (lazy, plain)]
-    assert lazy.reads == 5 * 2 + 4 * 4 + 5
+    assert len(lazy.read) == 4 * 4 + 5 + 5 * 2
     np.testing.assert_array_equal(*(one.values["a"]["energy"] for one in found))
+
+
+def test_what_makes_a_reference_is_not_explained():
+    lazy = Lazy(25)
+    evaluate({"a": "centred"}, encoder(), "last", lazy, **FEW | {"mosaics": 20, "singles": 99})
+    explained, references = lazy.read[:-10], lazy.read[-10:]
+    assert len(set(references)) == 10
+    assert set(explained[:80]) <= set(explained[80:]) == set(range(25)) - set(references)
 
 
 def sized(*sizes):
