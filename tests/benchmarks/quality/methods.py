@@ -18,7 +18,6 @@ from fam_plugins.quality.evaluate import explain
 
 SETTINGS = (
     (None, False),
-    (None, True),
     ("others", False),
     ("others", True),
     # Behind one reference per class all but the same as the others; once is enough.
@@ -44,9 +43,7 @@ def explainers(contrast: str | None, smooth: bool) -> dict[str, Any]:
         found["ScoreCAM"] = partial(_quietly, pytorch_grad_cam.ScoreCAM)
     if contrast is None:
         found |= {"fam": "fam", "EigenCAM": pytorch_grad_cam.EigenCAM}
-        found |= {"channel mean": _channel_mean}
-        if not smooth:
-            found |= {"random": _random, "uniform": _uniform}
+        found |= {"channel mean": _channel_mean, "random": _random, "uniform": _uniform}
     return found
 
 
