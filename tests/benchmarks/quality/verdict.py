@@ -154,7 +154,8 @@ def accuracies(summary: Summary) -> str:
 
 def first_page(summary: Summary) -> str:
     """The block of the first page."""
-    return f"{table(summary, FIRST)}\n\n{sentence(summary, next(iter(PAIRS)))}"
+    intro = f"Means over {summary['networks']} trained networks of each kind:"
+    return f"{intro}\n\n{table(summary, FIRST)}\n\n{sentence(summary, next(iter(PAIRS)))}"
 
 
 def benchmarks_page(summary: Summary) -> str:
@@ -172,8 +173,8 @@ def benchmarks_page(summary: Summary) -> str:
 def insert(page: str, block: str) -> str:
     """A page with another block between its two markers."""
     found = re.subn(
-        r"(<!-- by rule from map_quality.json -->\n).*?(\n<!-- end -->)",
-        lambda match: match[1] + block + match[2],
+        r"(<!-- by rule from map_quality.json -->\n).*?(<!-- end -->)",
+        lambda match: f"{match[1]}{block}\n{match[2]}",
         page,
         flags=re.DOTALL,
     )
@@ -193,9 +194,9 @@ def _named(label: str) -> str:
 
 
 def _number(value: float) -> str:
-    text = f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+    text = f"{round(value, 3) + 0:.3f}" if abs(value) < 10 else f"{value:.1f}"  # no minus zero
     return text.replace("0.", ".", 1) if text.lstrip("-").startswith("0.") else text
 
 
 def _signed(value: float) -> str:
-    return ("+" if value >= 0 else "") + _number(value)
+    return ("" if _number(value).startswith("-") else "+") + _number(value)
