@@ -188,7 +188,7 @@ def main(
             f"  {what}: score {score:.4f}, sum of the map {total:.4f}, convergence delta up to "
             f"{worst:.1e} ({kind})"
         )
-        figure = plot_pair(a[0], b[0], *maps)
+        figure = plot_pair(a[0], b[0], *maps, rule="additive")
         figure.suptitle(f"{what}: score {score:.3f}, {kind}", fontsize=10)
         path = args.out / f"{name}_{what.split()[0]}.png"
         figure.savefig(path, dpi=110)

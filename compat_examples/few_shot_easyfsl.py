@@ -72,7 +72,7 @@ def main() -> None:
     first = [mosaic.support_labels.index(label) for label in range(4)]
     figure = plot_episode(
         query, mosaic.supports[first], maps, scores=contrasted(query), labels=mosaic.digits,
-        label="share of the score,\nless its mean",
+        rule="centred",
     )  # fmt: skip
     path = args.out / "few_shot_easyfsl.png"
     figure.savefig(path, dpi=110)

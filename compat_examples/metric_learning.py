@@ -94,7 +94,7 @@ def main() -> None:
     first = [mosaic.support_labels.index(label) for label in range(4)]
     figure = plot_episode(
         query, mosaic.supports[first], maps, scores=model(query), labels=mosaic.digits,
-        label="share of the score,\nless its mean",
+        rule="centred",
     )  # fmt: skip
     path = args.out / "metric_learning.png"
     figure.savefig(path, dpi=110)

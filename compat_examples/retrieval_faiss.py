@@ -97,7 +97,7 @@ def main() -> None:
     )
     figure = plot_retrieval(
         query[0], hits, maps[0], pairs.map_b, pairs.score,
-        label="share of the score,\nless its mean",
+        rule="centred",
     )  # fmt: skip
     target = args.out / "retrieval_faiss.png"
     figure.savefig(target, dpi=110)

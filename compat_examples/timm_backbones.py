@@ -189,7 +189,7 @@ def main() -> None:
             torch.stack(maps, dim=1),
             scores=scores,
             labels=[name.split(".")[0] for name in PHOTOGRAPHS],
-            label="share of the score,\nless its mean",
+            rule="centred",
         )
         figure.suptitle(f"{backbone.name} {backbone.warning}".strip(), fontsize=10)
         path = args.out / f"timm_backbones_{backbone.name}.png"

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from fam_plugins.core.contrast import Contrast, GalleryMean, reduced
 from fam_plugins.core.decompose import region_sum, warn_of_coverage
 from fam_plugins.core.eval_mode import eval_mode
+from fam_plugins.core.joint import LinearTail, joint_shares
 from fam_plugins.core.maps import MapPass
+from fam_plugins.core.messages import warn_once
 from fam_plugins.core.references import embed_contrast
-from fam_plugins.core.rules import Rule, find_rule
+from fam_plugins.core.rules import RULES, Rule, find_rule
 from fam_plugins.core.scores import check_embeddings, check_floats, embed, score
 from fam_plugins.core.similarity import Similarity, as_similarity
 from fam_plugins.core.transforms import Transform, check_transform
@@ -38,6 +40,9 @@ class PairExplanation:
             :class:`~fam_plugins.LayerFam`. Zero to rounding behind pooling or a linear head,
             otherwise the first-order error. ``None`` unless asked for.
         delta_b: The same for ``map_b``.
+        joint: ``[B, Ra + 1, Rb + 1]``: the score by regions of ``a`` times regions of ``b``, both
+            row by row. The last row and column hold the constants (biases of a head), zero where
+            there are none. ``None`` unless asked for.
     """
 
     map_a: Tensor
@@ -47,6 +52,7 @@ class PairExplanation:
     difference_b: Tensor | None = None
     delta_a: Tensor | None = None
     delta_b: Tensor | None = None
+    joint: Tensor | None = None
 
 
 def explain_pair(
@@ -63,6 +69,7 @@ def explain_pair(
     reshape_transform: Transform | str | None = "auto",
     smooth: bool = False,
     return_convergence_delta: bool = False,
+    joint: bool = False,
 ) -> PairExplanation:
     """Explain the similarity of two images in both of them, from one forward pass of each.
 
@@ -87,7 +94,8 @@ def explain_pair(
             :class:`~fam_plugins.Rule`.
         contrast: Embeddings ``[M, D]``, images or :func:`~fam_plugins.gallery_mean`: the mean
             similarity to them is subtracted from the score of each image. Images are a further
-            forward pass.
+            forward pass. Pass ``gallery_mean(encoder, loader)``: without a contrast, maps on pooled
+            ReLU features are near chance (a warning says so once per process).
         difference: Also explain what separates the two.
         embedding: ``"model"``: what the encoder returns. ``"pooled"``: the mean of the layer's map
             over its regions, whatever head follows: what contrastive models are evaluated on.
@@ -96,6 +104,11 @@ def explain_pair(
         smooth: Average each region with its neighbours, as in :class:`~fam_plugins.LayerFam`.
         return_convergence_delta: Also return how far each map is from adding up, at the price of
             a second forward pass of each image. For rules that add up, such as ``"additive"``.
+        joint: Also split the plain similarity, whatever rule, contrast or smoothing say, over pairs
+            of regions: rows and columns sum to the additive maps, everything to the score. Exact
+            behind pooling or any linear tail, and refused elsewhere. One matrix product for the
+            mean of the layer's map, otherwise a step through the tail per dimension and a forward
+            pass of one image that proves it linear. This package's own.
 
     Returns:
         The maps and scores, in the dtype of the encoder.
@@ -106,7 +119,7 @@ def explain_pair(
         TypeError: If the encoder, the layer or the images are not what they should be.
         ValueError: On an unknown rule, similarity, layer or ``embedding``; batches that are empty
             or differ in length; embeddings that cannot be compared; a delta asked of a rule that
-            does not add up.
+            does not add up; ``joint`` of a tail or a similarity that is not linear.
 
     Example:
         >>> encoder = nn.Sequential(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
@@ -124,8 +137,18 @@ def explain_pair(
             f'rule "{chosen.name}" does not add up to the score, so it has no convergence delta: '
             'use rule="additive"'
         )
+    if joint and how.linear is None:
+        raise ValueError(
+            f"joint= splits the linear form of a similarity, and {how.name!r} has none: use "
+            '"cosine", "dot", "sqeuclidean" or "euclidean"'
+        )
     check_transform(reshape_transform)
     _check_batches(a, b)
+    if contrast is None and chosen is not RULES["fam"]:  # which a contrast would not help
+        warn_once(
+            "contrast= is left out: on pooled ReLU features the maps of a pair are then near "
+            "chance. Pass contrast=gallery_mean(encoder, loader) of a few hundred of your images."
+        )
 
     def side(images: Tensor) -> _Side:
         one = MapPass(encoder, [layer], chosen, reshape_transform, regions=1, smooth=smooth)
@@ -153,11 +176,17 @@ def explain_pair(
                 deltas.append(this.delta(alike, maps[-1]))
             if difference:
                 differences.append(this.explain(_apart(how, this.point, other.point)))
+        pairs = None
+        if joint:
+            alike_a, alike_b = _pairwise(how, two.point), _pairwise(how, one.point)
+            pairs = joint_shares(one.tail(), two.tail(), alike_a, alike_b)
     if chosen.adds_up:
         warn_of_coverage(*shares)
     difference_a, difference_b = differences or (None, None)
     delta_a, delta_b = deltas or (None, None)
-    return PairExplanation(maps[0], maps[1], value, difference_a, difference_b, delta_a, delta_b)
+    return PairExplanation(
+        maps[0], maps[1], value, difference_a, difference_b, delta_a, delta_b, pairs
+    )
 
 
 class _Side:
@@ -176,6 +205,11 @@ class _Side:
         ((found,),) = self._one.maps(lambda: of(self._embedding), retain_graph=True)
         self.explained = self._one.scores
         return found
+
+    def tail(self) -> LinearTail:
+        """What follows the layer, refused unless it is linear."""
+        first = None if self._pooled else lambda: embed(self._encoder, self._images[:1])
+        return LinearTail(self._one, self._embedding, first)
 
     def delta(self, of: Callable[[Tensor], Tensor], found: Tensor) -> Tensor:
         """How far the map of the score that was explained last is from adding up, ``[B]``."""

@@ -8,7 +8,9 @@ global state changes, and the figure is freed with its last reference. Save it w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,12 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fam_plugins.core.references import as_tensor, listed
+from fam_plugins.core.rules import Rule, find_rule
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["plot_episode", "plot_pair", "plot_retrieval"]
+__all__ = ["plot_episode", "plot_matches", "plot_pair", "plot_retrieval"]
 
 
 def plot_pair(
@@ -33,7 +36,8 @@ def plot_pair(
     *,
     score: float | Tensor | None = None,
     titles: tuple[str, str] = ("a", "b"),
-    label: str = "share of the score",
+    rule: str | Rule | None = None,
+    label: str | None = None,
 ) -> Figure:
     """Show two images and what each contributes to their similarity, on one colour scale.
 
@@ -44,8 +48,8 @@ def plot_pair(
         map_b: Map of the second.
         score: The score, for the title of the figure.
         titles: The names of the two images.
-        label: The unit at the colour bar; ``"FAM"`` for the rule ``"fam"``, whose maps are in
-            units of the activation.
+        rule: What made the maps: its unit stands at the colour bar, and ``"attribution"`` without.
+        label: The unit at the colour bar, instead of that of a rule.
 
     Returns:
         The figure: images in the upper row, maps over them in the lower.
@@ -63,15 +67,14 @@ def plot_pair(
     """
     images = [_as_image(image_a, "image_a"), _as_image(image_b, "image_b")]
     maps = [_as_maps(map_a, (), "map_a"), _as_maps(map_b, (), "map_b")]
-    if not isinstance(titles, (tuple, list)) or len(titles) != 2:
-        raise ValueError(f"titles are {titles!r}: pass two, one per image")
+    _check_titles(titles)
     number = None if score is None else float(_as_scores(score, ()))
     figure, axes = _new_figure(2, 2, images)
     overlay = _Overlay(maps)
     for column in range(2):
         _show_image(axes[0, column], images[column], titles[column])
         overlay.draw(axes[1, column], images[column], maps[column])
-    overlay.colour_bar(figure, axes[1, :], label)
+    overlay.colour_bar(figure, axes[1, :], label, rule)
     if number is not None:
         figure.suptitle(f"score {number:.3f}", fontsize=11)
     return figure
@@ -84,7 +87,8 @@ def plot_episode(
     *,
     scores: Any = None,
     labels: Sequence[object] | None = None,
-    label: str = "share of the score",
+    rule: str | Rule | None = None,
+    label: str | None = None,
 ) -> Figure:
     """Show what in every query raises its score with every reference: queries x references.
 
@@ -94,7 +98,8 @@ def plot_episode(
         maps: Maps of the queries, ``[Q, N, 1, h, w]``.
         scores: ``[Q, N]``; written over each map, the highest per query framed.
         labels: The names of the references; their numbers by default.
-        label: The unit at the colour bar.
+        rule: As in :func:`plot_pair`.
+        label: As in :func:`plot_pair`.
 
     Returns:
         The figure: references in the top row, queries in the left column, a map where they meet.
@@ -133,7 +138,7 @@ def plot_episode(
         if numbers is not None:
             for spine in axes[i + 1, 1 + int(numbers[i].argmax())].spines.values():
                 spine.set(edgecolor="black", linewidth=2.5)
-    overlay.colour_bar(figure, axes[1:, :], label)
+    overlay.colour_bar(figure, axes[1:, :], label, rule)
     return figure
 
 
@@ -144,7 +149,8 @@ def plot_retrieval(
     hit_maps: Tensor,
     scores: Any,
     *,
-    label: str = "share of the score",
+    rule: str | Rule | None = None,
+    label: str | None = None,
 ) -> Figure:
     """Show a query, its ranked hits, and per hit what raises the score on both sides.
 
@@ -154,7 +160,8 @@ def plot_retrieval(
         query_maps: Maps of the query, one per hit, ``[k, 1, h, w]``.
         hit_maps: Maps of the hits, ``[k, 1, h, w]``.
         scores: ``[k]``.
-        label: The unit at the colour bar.
+        rule: As in :func:`plot_pair`.
+        label: As in :func:`plot_pair`.
 
     Returns:
         The figure: the query at the left, then one column per hit with the hit, the query's map
@@ -185,8 +192,106 @@ def plot_retrieval(
         _show_image(axes[0, j + 1], hit, f"hit {j + 1}: {numbers[j]:.3f}")
         overlay.draw(axes[1, j + 1], asked, ours[j])
         overlay.draw(axes[2, j + 1], hit, theirs[j])
-    overlay.colour_bar(figure, axes[1:, :], label)
+    overlay.colour_bar(figure, axes[1:, :], label, rule)
     return figure
+
+
+def plot_matches(
+    image_a: Tensor,
+    image_b: Tensor,
+    joint: Tensor,
+    *,
+    grid_a: Sequence[int] | None = None,
+    grid_b: Sequence[int] | None = None,
+    top: int = 8,
+    titles: tuple[str, str] = ("a", "b"),
+    label: str = "share of the score",
+) -> Figure:
+    """Join the pairs of regions that raise the score of two images most.
+
+    Args:
+        image_a: As in :func:`plot_pair`.
+        image_b: As in :func:`plot_pair`.
+        joint: Of ``explain_pair(..., joint=True)``: ``[Ra + 1, Rb + 1]``, also in a batch of one.
+        grid_a: Rows and columns of ``a``, ``pair.map_a.shape[2:]``; a square if left out.
+        grid_b: The same for ``b``.
+        top: How many pairs of regions to show; fewer if fewer raise the score.
+        titles: The names of the two images.
+        label: The unit at the colour bar.
+
+    Returns:
+        The figure: both images, and the score with the part of it that the lines carry.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+        ValueError: As :func:`plot_pair`, and on grids of another size or ``top`` below 1.
+
+    Example:
+        >>> import torch
+        >>> figure = plot_matches(*torch.rand(2, 3, 32, 32), torch.rand(17, 17))
+        >>> len(figure.axes)  # two images and the colour bar
+        3
+    """
+    images = [_as_image(image_a, "image_a"), _as_image(image_b, "image_b")]
+    shares = _as_floats(joint, "joint")
+    shares = shares[0] if shares.dim() == 3 and len(shares) == 1 else shares
+    if shares.dim() != 2 or min(shares.shape) < 2 or not torch.isfinite(shares).all():
+        raise ValueError(
+            f"joint has shape {tuple(shares.shape)}, not [Ra + 1, Rb + 1], or holds NaN: pass "
+            "explain_pair(..., joint=True).joint, of a batch joint[i]"
+        )
+    if not isinstance(top, int) or top < 1:
+        raise ValueError(f"top must be an int of at least 1, not {top!r}")
+    _check_titles(titles)
+    rows, columns = (size - 1 for size in shares.shape)
+    grids = [_as_grid(grid_a, rows, "a"), _as_grid(grid_b, columns, "b")]
+    figure, axes = _new_figure(1, 2, images)
+    from matplotlib import cm, colors, patches, patheffects
+
+    figure.set_size_inches(*(1.7 * figure.get_size_inches()))
+    values, places = shares[:-1, :-1].flatten().sort(descending=True)
+    count = int((values[:top] > 0).sum())
+    limits = (float(values[count - 1]), float(values[0])) if count else (0, 1)
+    scale = cm.ScalarMappable(colors.Normalize(*limits), "plasma")
+    for axis, image, title in zip(axes[0], images, titles, strict=True):
+        _show_image(axis, image, title)
+    for value, place in reversed([*zip(values[:count].tolist(), places.tolist(), strict=False)]):
+        width = 4 - 2.5 * (limits[1] - value) / (limits[1] - limits[0] or 1)
+        halo = [patheffects.withStroke(linewidth=width + 1.5, foreground="white")]
+        style: Any = {"color": scale.to_rgba(value), "linewidth": width, "path_effects": halo}
+        ends = []
+        for axis, image, grid, region in zip(
+            axes[0], images, grids, divmod(place, columns), strict=True
+        ):
+            y, x = (size / parts for size, parts in zip(image.shape, grid, strict=False))
+            left, upper = region % grid[1] * x - 0.5, region // grid[1] * y - 0.5
+            axis.add_patch(patches.Rectangle((left, upper), x, y, fill=False, **style))
+            ends.append((left + x / 2, upper + y / 2))
+        a, b = axes[0]
+        line = patches.ConnectionPatch(ends[0], ends[1], "data", axesA=a, axesB=b, **style)
+        figure.add_artist(line)
+    figure.colorbar(scale, ax=axes, label=label, shrink=0.8)
+    figure.suptitle(
+        f"score {shares.sum():.3f}, of which the lines {values[:count].sum():.3f}", fontsize=11
+    )
+    return figure
+
+
+def _as_grid(grid: Any, regions: int, name: str) -> tuple[int, int]:
+    """Rows and columns of that many regions."""
+    sides = [math.isqrt(regions)] * 2 if grid is None else np.ravel(grid).tolist()
+    whole = len(sides) == 2 and all(isinstance(side, int) and side > 0 for side in sides)
+    if not whole or math.prod(sides) != regions:
+        raise ValueError(
+            f"joint has {regions} regions of {name}, which are no grid {tuple(sides)}: pass "
+            f"grid_{name}=pair.map_{name}.shape[2:]"
+        )
+    return sides[0], sides[1]
+
+
+def _check_titles(titles: Any) -> None:
+    if not isinstance(titles, (tuple, list)) or len(titles) != 2:
+        raise ValueError(f"titles are {titles!r}: pass two, one per image")
 
 
 def _new_figure(rows: int, columns: int, images: Sequence[np.ndarray]) -> tuple[Figure, np.ndarray]:
@@ -230,8 +335,12 @@ class _Overlay:
             upsampled.numpy(), cmap=self._cmap, vmin=low, vmax=high, alpha=0.5
         )
 
-    def colour_bar(self, figure: Figure, axes: Any, label: str) -> None:
+    def colour_bar(
+        self, figure: Figure, axes: Any, label: str | None, rule: str | Rule | None
+    ) -> None:
         """Add the colour bar of the last map beside the given axes."""
+        if label is None:
+            label = "attribution" if rule is None else fill(find_rule(rule).unit, 18)
         figure.colorbar(self._drawn, ax=axes, label=label, shrink=0.8)
 
 

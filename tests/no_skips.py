@@ -3,17 +3,20 @@
     python -m pytest -p tests.no_skips
 
 An extra that stops importing, or a class that a partner renames, makes tests vanish without a sign;
-here it shows. Doctests that say ``+SKIP`` themselves are exempt.
+here it shows. Doctests that say ``+SKIP`` themselves are exempt, and what needs a GPU.
 """
 
 from __future__ import annotations
 
 import pytest
 
+EXEMPT = "+SKIP", "needs CUDA"
+
 
 def _unexpected(terminal: pytest.TerminalReporter) -> list[str]:
     skipped = terminal.stats.get("skipped", [])
-    return [f"{report.nodeid}: {_why(report)}" for report in skipped if "+SKIP" not in _why(report)]
+    whys = [(report.nodeid, _why(report)) for report in skipped]
+    return [f"{test}: {why}" for test, why in whys if not any(e in why for e in EXEMPT)]
 
 
 def _why(report: pytest.TestReport | pytest.CollectReport) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -152,7 +154,7 @@ def test_one_forward_pass_of_each_and_nothing_left_behind():
     net.calls = 0
     for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
         with mode():
-            pair = explain_pair(net, "last", A, B, difference=True)
+            pair = explain_pair(net, "last", A, B, difference=True, joint=True)
         for field in dataclasses.fields(pair):
             if not field.name.startswith("delta"):
                 assert not getattr(pair, field.name).requires_grad
@@ -185,6 +187,31 @@ def test_a_function_of_the_user_with_a_contrast():
     torch.testing.assert_close(pair.map_a, expected, rtol=1e-5, atol=1e-6)
     plain = explain_pair(net, "last", A, B, similarity=bent, rule="gradcam")
     assert (pair.map_a - plain.map_a).abs().max() > 1e-3
+
+
+def test_leaving_the_contrast_out_warns_once_per_process_at_the_users_line():
+    code = (
+        "import warnings, torch\n"
+        "from torch import nn\n"
+        "from fam_plugins import explain_pair\n"
+        "net = nn.Sequential(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())\n"
+        "a, b = torch.rand(2, 1, 3, 4, 4)\n"
+        "with warnings.catch_warnings(record=True) as caught:\n"
+        "    warnings.simplefilter('always')\n"
+        "    explain_pair(net, '0', a, b, contrast=torch.rand(1, 3))\n"
+        "    explain_pair(net, '0', a, b, rule='fam')\n"
+        "    print(len(caught))\n"
+        "    explain_pair(net, '0', a, b)\n"
+        "    explain_pair(net, '0', a, b, embedding='pooled')\n"
+        "print(len(caught), caught[0].filename, caught[0].lineno)\n"
+        "print(caught[0].message)\n"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    before, where, message = out.stdout.splitlines()
+    assert before == "0"
+    assert where == "1 <string> 11"
+    assert "near chance" in message
+    assert "contrast=gallery_mean(encoder, loader)" in message
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from matplotlib.patches import ConnectionPatch
 
-from fam_plugins import plots
-from fam_plugins.plots import plot_episode, plot_pair, plot_retrieval
+from fam_plugins import Rule, explain_pair, plots
+from fam_plugins.core.rules import RULES
+from fam_plugins.plots import plot_episode, plot_matches, plot_pair, plot_retrieval
+from tests.networks import encoder
 
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -66,7 +69,7 @@ def test_a_pair_shows_both_images_and_both_maps_on_one_scale():
     for axis in (low_a, low_b):
         below = axis.get_images()[0]
         assert (below.cmap.name, below.get_clim()) == ("gray", (0, 1))
-    assert bar.get_ylabel() == "share of the score"
+    assert bar.get_ylabel() == "attribution"
     assert figure.get_suptitle() == "score 0.250"
 
 
@@ -142,8 +145,89 @@ def test_a_ranked_list_shows_both_sides():
     ids=["pair", "episode", "retrieval"],
 )
 def test_the_colour_bar_names_the_unit(plot):
-    assert plot().axes[-1].get_ylabel() == "share of the score"
-    assert plot(label="FAM").axes[-1].get_ylabel() == "FAM"
+    def shown(**options):
+        return plot(**options).axes[-1].get_ylabel()
+
+    assert shown() == "attribution"
+    assert shown(label="FAM") == "FAM"
+    assert shown(rule="additive") == "share of the score"
+    for name, rule in RULES.items():
+        assert shown(rule=name).split() == shown(rule=rule).split() == rule.unit.split()
+    assert max(map(len, shown(rule="centred").splitlines())) <= 18
+    assert shown(rule=Rule("mine", lambda a, g: g)) == "attribution"
+    assert shown(rule=Rule("mine", lambda a, g: g, unit="volts")) == "volts"
+    assert shown(rule="centred", label="less its mean") == "less its mean"
+    with pytest.raises(ValueError, match="did you mean 'centred'"):
+        plot(rule="centered")
+
+
+def lines(figure):
+    """The ends of each line in pixels of its images, with its colour and width, strongest last."""
+    return [
+        (one.xy1, one.xy2, one.get_edgecolor(), one.get_linewidth())
+        for one in figure.artists
+        if isinstance(one, ConnectionPatch)
+    ]
+
+
+def boxes(axis):
+    return [(one.get_xy(), one.get_width(), one.get_height()) for one in axis.patches]
+
+
+def test_the_strongest_pairs_of_regions_are_joined():
+    a, b = images(3, 12, 16), images(1, 20, 10)
+    joint = torch.zeros(3 * 4 + 1, 5 * 2 + 1)
+    joint[1 * 4 + 2, 3 * 2 + 1] = 0.5  # row 1, column 2 of a; row 3, column 1 of b
+    joint[0, 9] = 0.25
+    joint[11, 0] = 0.125
+    joint[5, 5] = -0.9
+    joint[-1, 0], joint[0, -1], joint[-1, -1] = 7, 8, 9  # constants are no regions
+    figure = plot_matches(a, b, joint, grid_a=(3, 4), grid_b=(5, 2), titles=("left", "right"))
+    left, right, bar = figure.axes
+    np.testing.assert_allclose(layers(left)[0], a.permute(1, 2, 0))
+    np.testing.assert_allclose(layers(right)[0][..., 1], b[0])
+    assert (left.get_title(), right.get_title()) == ("left", "right")
+    assert bar.get_ylabel() == "share of the score"
+    # Regions are 4 x 4 pixels of a and 4 x 5 of b; the corner of the picture is at -.5.
+    weak, middle, strong = lines(figure)
+    assert strong[:2] == ((9.5, 5.5), (7, 13.5))
+    assert middle[:2] == ((1.5, 1.5), (7, 17.5))
+    assert weak[:2] == ((13.5, 9.5), (2, 1.5))
+    assert boxes(left)[-1] == ((7.5, 3.5), 4, 4)
+    assert boxes(right)[-1] == ((4.5, 11.5), 5, 4)
+    assert weak[3] < middle[3] < strong[3]
+    plasma = matplotlib.colormaps["plasma"]
+    for (*_, colour, _), share in zip((weak, middle, strong), (0.0, 1 / 3, 1.0), strict=True):
+        np.testing.assert_allclose(colour, plasma(share), atol=0.01)
+    assert bar.get_ylim() == (0.125, 0.5)
+    score = float(joint.sum())
+    assert figure.get_suptitle() == f"score {score:.3f}, of which the lines 0.875"
+    two = plot_matches(a, b, joint[None], grid_a=(3, 4), grid_b=torch.Size([5, 2]), top=2)
+    assert [line[:2] for line in lines(two)] == [middle[:2], strong[:2]]
+    none = plot_matches(a, b, -joint[:13, :11].abs(), grid_a=(3, 4), grid_b=(5, 2))
+    assert lines(none) == []
+
+
+def test_squares_are_told_without_a_grid_and_all_pairs_may_be_asked_for():
+    figure = plot_matches(A, A, torch.ones(5, 10), top=99)
+    assert len(lines(figure)) == 4 * 9
+    assert len(boxes(figure.axes[0])) == 36
+    assert boxes(figure.axes[0])[0][1] == 4
+    assert boxes(figure.axes[1])[0][1] == pytest.approx(8 / 3)
+
+
+def test_the_lines_of_a_pair_lie_where_its_matrix_is_largest():
+    net, one = encoder(), images(1, 3, 16, 24)
+    pair = explain_pair(net, "last", one, one, joint=True)
+    grid = pair.map_a.shape[2:]
+    figure = plot_matches(one[0], one[0], pair.joint, grid_a=grid, grid_b=grid, top=1)
+    place = int(pair.map_a.argmax()) if pair.joint[0, :-1, :-1].diagonal().max() else -1
+    strongest = int(pair.joint[0, :-1, :-1].argmax())
+    ((xy_a, xy_b, _, _),) = lines(figure)
+    for xy, region in zip((xy_a, xy_b), divmod(strongest, pair.joint.shape[2] - 1), strict=True):
+        row, column = divmod(region, grid[1])
+        assert xy == (2 * column + 0.5, 2 * row + 0.5)
+    assert place >= 0
 
 
 def test_references_are_numbered_where_they_have_no_labels():
@@ -198,6 +282,7 @@ def test_nothing_global_is_touched_and_the_figure_can_be_saved(tmp_path):
         "figure = plots.plot_pair(a[0], a[1], m[0], m[1])\n"
         "figure = plots.plot_episode(a, a, torch.randn(2, 2, 1, 2, 2))\n"
         "figure = plots.plot_retrieval(a[0], a, m, m, [1, 2])\n"
+        "figure = plots.plot_matches(a[0], a[1], torch.rand(5, 5))\n"
         f"figure.savefig({str(tmp_path / 'plot.png')!r})\n"
         "assert 'matplotlib.pyplot' not in sys.modules\n"
     )
@@ -257,6 +342,12 @@ def test_half_precision_and_maps_with_a_graph_are_drawn():
             "3 labels for 2 references",
         ),
         (lambda: plot_retrieval(A, TWO, MM[:1], MM, [1, 2]), "query_maps has shape"),
+        (lambda: plot_matches(A, A, torch.ones(7, 5)), "6 regions of a.*grid_a=pair.map_a.shape"),
+        (lambda: plot_matches(A, A, torch.ones(5, 7), grid_b=(2, 4)), r"\(2, 4\): pass grid_b="),
+        (lambda: plot_matches(A, A, torch.ones(2, 5, 5)), r"joint has shape .*joint\[i\]"),
+        (lambda: plot_matches(A, A, torch.ones(5, 5) / 0), "or holds NaN"),
+        (lambda: plot_matches(A, A, torch.ones(5, 5), top=0), "top must be an int"),
+        (lambda: plot_matches(A, A, torch.ones(5, 5), titles="a"), "pass two"),
         (lambda: plot_retrieval(A, TWO, MM, MM[:1], [1, 2]), "hit_maps has shape"),
         (lambda: plot_retrieval(A, TWO, MM, MM, [1]), "scores has shape"),
     ],
@@ -267,4 +358,4 @@ def test_bad_input_names_the_fix(call, message):
 
 
 def test_every_plot_is_public():
-    assert set(plots.__all__) == {"plot_pair", "plot_episode", "plot_retrieval"}
+    assert set(plots.__all__) == {"plot_pair", "plot_episode", "plot_matches", "plot_retrieval"}

@@ -26,9 +26,10 @@ LayerTensors = tuple[Tensor, ...]
 class LayerPass:
     """One forward pass that keeps what chosen layers gave, and differentiates only their tail.
 
-    ``zeros`` replaces what the layers give by zeros: the pass then yields the constant term of a
-    score that is linear in them. Without ``differentiate`` nothing is recorded. After :meth:`run`,
-    ``tracked`` holds what each of ``layers`` gave, in the graph of the tail.
+    ``replace`` says what the layers give instead of what they gave: with ``torch.zeros_like`` the
+    pass yields the constant term of a score that is linear in them. Without ``differentiate``
+    nothing is recorded. After :meth:`run`, ``tracked`` holds what each of ``layers`` gave, in the
+    graph of the tail.
 
     Example:
         >>> pooled = nn.Sequential(nn.ReLU(), nn.Flatten())
@@ -44,7 +45,7 @@ class LayerPass:
         layers: Sequence[nn.Module | str | None],
         *,
         at_input: bool = False,
-        zeros: bool = False,
+        replace: Callable[[Tensor], Tensor] | None = None,
         differentiate: bool = True,
     ) -> None:
         found = [find_layer(model, layer) for layer in layers]
@@ -55,7 +56,7 @@ class LayerPass:
         self._kept: dict[nn.Module, LayerTensors] = {}
         self._thread = threading.get_ident()
         self._at_input = at_input
-        self._zeros = zeros
+        self._replace = replace
         self._differentiate = differentiate
         self._tracking = False
 
@@ -144,8 +145,8 @@ class LayerPass:
 
     def _start(self, tensor: Tensor) -> Tensor:
         """Turn on autograd from this tensor on, or stay in the graph of an earlier layer."""
-        if self._zeros:
-            tensor = torch.zeros_like(tensor)
+        if self._replace is not None:
+            tensor = self._replace(tensor)
         if not self._differentiate:
             return tensor
         torch.set_grad_enabled(True)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fam_plugins.core.layer_pass import LayerPass, LayerTensors, fits_image
 from fam_plugins.core.messages import warn_user
+from fam_plugins.core.own_norm import hold_own_norm
 from fam_plugins.core.rules import RULES, Rule, find_rule
 from fam_plugins.core.scores import ACTIVE, Frozen, frozen_scores, full_precision
 from fam_plugins.core.smooth import smoothed
@@ -163,13 +164,48 @@ class MapPass:
         Costs a second forward pass: ``forward`` runs the model anew and selects the scores. Dropout
         draws what it drew in the first pass.
         """
-        zeros = LayerPass(self._model, self._pass.layers, at_input=self._at_input, zeros=True)
+        with self.replayed():
+            return self._again(forward, torch.zeros_like)[0].detach()
+
+    def is_affine(self, end: Tensor, length: Tensor, forward: Callable[[], Tensor]) -> bool:
+        """Whether ``end``, which :meth:`run` returned, is affine in the one layer.
+
+        A norm of the encoder's own is set aside: ``length`` ``[B, 1]`` is what it divided by.
+        ``forward`` runs the model on the first image alone, whose layer then gives its values
+        negated and unevenly stretched, a hundredfold so that no bias keeps a ReLU from turning.
+        """
+
+        def uneven(given: Tensor) -> Tensor:
+            waves = torch.arange(given.numel(), device=given.device).to(given).sin()
+            some = given if given.any() else torch.ones_like(given)
+            return -100 * (1.5 + waves.reshape(given.shape)) * some
+
+        probe = 1.5 + uneven(torch.ones_like(end.detach())) / 100
+        gradients = self._pass.gradients(end, (probe * length)[None], retain_graph=True)[0]
+        other, elsewhere = self._again(forward, uneven)
+        with torch.no_grad():
+            held = hold_own_norm(other)
+            other = other if held is None else other * held.to(other)
+            moves = [(probe[:1], (end * length)[:1] - other)]
+            for before, after, gradient in zip(
+                self._pass.tracked[0], elsewhere, gradients, strict=True
+            ):
+                moves.append((gradient[0, :1], after - before[:1]))
+            gap = torch.stack([(one * move).sum() for one, move in moves]).sum().abs()
+            allowed = torch.stack([one.norm() * move.norm() for one, move in moves]).sum()
+        return bool(gap <= 16 * torch.finfo(end.dtype).eps * allowed < torch.inf)
+
+    def _again(
+        self, forward: Callable[[], Tensor], replace: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, LayerTensors]:
+        """A second pass with the same draws, and what the one layer was made to give in it."""
+        again = LayerPass(self._model, self._pass.layers, at_input=self._at_input, replace=replace)
         cpu, cuda = self._draws
-        with self.replayed(), torch.random.fork_rng(range(len(cuda))):
+        with torch.random.fork_rng(range(len(cuda))):
             torch.set_rng_state(cpu)
             if cuda:
                 torch.cuda.set_rng_state_all(cuda)
-            return zeros.run(forward).detach()
+            return again.run(forward), again.tracked[0]
 
     def replayed(self) -> AbstractContextManager[object]:
         """Within the block, scores are the linear functions that :meth:`maps` explained."""

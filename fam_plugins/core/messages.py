@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
-__all__ = ["unknown_name", "warn_user", "with_progress"]
+__all__ = ["unknown_name", "warn_once", "warn_user", "with_progress"]
 
 T = TypeVar("T")
 
@@ -35,6 +35,16 @@ def warn_user(message: str) -> None:
     while frame.f_globals.get("__name__", "").partition(".")[0] in _NOT_THE_USER and frame.f_back:
         level, frame = level + 1, frame.f_back
     warnings.warn(message, UserWarning, stacklevel=level)
+
+
+_said: set[str] = set()
+
+
+def warn_once(message: str) -> None:
+    """As :func:`warn_user`, once per process."""
+    if message not in _said:
+        _said.add(message)
+        warn_user(message)
 
 
 def with_progress(items: Iterable[T], description: str) -> Iterable[T]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fam_plugins.core.messages import unknown_name, warn_user
+from fam_plugins.core.messages import unknown_name, warn_once
 
 __all__ = ["RULES", "Rule", "choose_rule", "find_rule"]
 
@@ -31,6 +31,7 @@ class Rule:
         frozen: Whether the gradient is that of the frozen score, or the true one.
         centred: Whether the mean over the regions is subtracted from each map.
         adds_up: Whether the map sums to the frozen score, so that it has a convergence delta.
+        unit: What its numbers are, for a colour bar.
 
     Example:
         >>> LAYER_CAM = Rule("layercam", lambda activations, gradients: gradients.relu(),
@@ -44,6 +45,7 @@ class Rule:
     frozen: bool = True
     centred: bool = False
     adds_up: bool = False
+    unit: str = "attribution"
 
     def __post_init__(self) -> None:
         if not callable(self.weights):
@@ -103,10 +105,10 @@ def _mean_gradient(_activations: Tensor, gradients: Tensor) -> Tensor:
 RULES: dict[str, Rule] = {
     rule.name: rule
     for rule in (
-        Rule("fam", fam_weights),
-        Rule("additive", _gradient, adds_up=True),
-        Rule("centred", _gradient, centred=True),
-        Rule("gradcam", _mean_gradient, frozen=False),
+        Rule("fam", fam_weights, unit="activation, weighted by channel"),
+        Rule("additive", _gradient, adds_up=True, unit="share of the score"),
+        Rule("centred", _gradient, centred=True, unit="share of the score above the image's mean"),
+        Rule("gradcam", _mean_gradient, frozen=False, unit="Grad-CAM, before its ReLU"),
     )
 }
 
@@ -122,19 +124,13 @@ def find_rule(rule: str | Rule) -> Rule:
     return RULES[rule]
 
 
-_warned = False
-
-
 def choose_rule(rule: str | Rule | None) -> Rule:
     """As :func:`find_rule`; left out, the published rule, with a warning once per process."""
-    global _warned
     if rule is not None:
         return find_rule(rule)
-    if not _warned:
-        _warned = True
-        warn_user(
-            'rule= is left out, so this is the published "fam": its map hardly depends on the '
-            'target (on a classifier: not at all). Pass rule="centred" to find what matches, '
-            'rule="gradcam" for what GradCAM shows, or rule="fam" to keep it.'
-        )
+    warn_once(
+        'rule= is left out, so this is the published "fam": its map hardly depends on the target '
+        '(on a classifier: not at all). Pass rule="centred" to find what matches, rule="gradcam" '
+        'for what GradCAM shows, or rule="fam" to keep it.'
+    )
     return RULES["fam"]

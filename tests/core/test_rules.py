@@ -157,6 +157,13 @@ def test_a_rule_is_found_by_name_or_is_one():
         find_rule(3)
 
 
+def test_units_say_what_the_numbers_are():
+    assert RULES["additive"].unit == "share of the score"
+    assert RULES["centred"].unit == "share of the score above the image's mean"
+    assert len({rule.unit for rule in RULES.values()}) == len(RULES)
+    assert Rule("mine", lambda a, g: g).unit == "attribution"
+
+
 def test_leaving_the_rule_out_warns_once_per_process_at_the_users_line():
     code = (
         "import warnings\n"

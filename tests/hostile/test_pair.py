@@ -15,6 +15,18 @@ from tests.hostile.test_layer_fam import LONE, OTHER, Output
 from tests.hostile.test_similarity_model import shaped
 from tests.networks import TinyNet, encoder
 
+
+@pytest.fixture(autouse=True)
+def _hinted(monkeypatch):
+    """What is said once per process has been said: these tables are of everything else."""
+    monkeypatch.setattr("fam_plugins.pair.warn_once", lambda message: None)
+
+
+def headed(head):
+    torch.manual_seed(0)
+    return TinyNet(head=head).eval()
+
+
 PICTURE = Image.new("RGB", (8, 8))
 READ_ONLY = np.broadcast_to(np.float32(1), (2, 6))
 
@@ -31,6 +43,29 @@ PAIR = [
     works("as usual", pair()),
     works("everything", pair(difference=True, return_convergence_delta=True)),
     works("other sizes", pair(b=X[..., :6])),
+    works("joint", pair(b=X[..., :6], joint=True)),
+    works("joint of everything", pair(difference=True, return_convergence_delta=True, smooth=True,
+                                      contrast=ROWS, joint=True)),
+    works("joint, pooled", pair(embedding="pooled", joint=True)),
+    works("joint of a linear head", pair(joint=True),
+          model=lambda: headed(nn.Linear(6, 4, bias=False))),
+    works("joint of zeros of pixels", pair(X * 0, joint=True)),
+    works("joint, constant", pair(torch.ones_like(X), joint=True)),
+    works("joint, huge", pair(X * 1e15, joint=True)),
+    works("joint, expanded", pair(X[:1].expand(3, -1, -1, -1), joint=True)),
+    works("joint, not contiguous", pair(X.transpose(2, 3), joint=True)),
+    works("joint, channels last", pair(X.to(memory_format=torch.channels_last), joint=True)),
+    works("joint, with gradient", pair(X.clone().requires_grad_(), joint=True)),
+    *(works(f"joint, {name}", under(context, pair(joint=True))) for name, context in MODES.items()),
+    *(works(f"joint of a linear head, {name}", under(context, pair(joint=True)),
+            model=lambda: headed(nn.Linear(6, 4, bias=False))) for name, context in MODES.items()),
+    refused("joint of a function", pair(similarity=lambda z, t: z @ t.T, joint=True), ValueError,
+            "has none: use"),
+    late("joint behind a norm", pair(joint=True), ValueError, "what follows it is not",
+         model=lambda: headed(nn.LayerNorm(6))),
+    late("joint behind a ReLU", pair(joint=True), ValueError, 'pass embedding="pooled"',
+         model=lambda: headed(nn.Sequential(nn.Linear(6, 6), nn.ReLU()))),
+    works("joint, one of them huge", pair(X * 1e30, similarity="dot", joint=True)),
     works("pooled", pair(embedding="pooled")),
     works("zeros of pixels", pair(X * 0)),
     works("constant", pair(torch.ones_like(X))),

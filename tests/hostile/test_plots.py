@@ -1,4 +1,4 @@
-"""plot_pair, plot_episode and plot_retrieval, drawn to the end."""
+"""plot_pair, plot_matches, plot_episode and plot_retrieval, drawn to the end."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fam_plugins.plots import plot_episode, plot_pair, plot_retrieval
+from fam_plugins.plots import plot_episode, plot_matches, plot_pair, plot_retrieval
 from tests.hostile.table import MODES, refused, under, works
 
 G = torch.Generator().manual_seed(0)
@@ -97,6 +97,59 @@ PAIR = [
     refused("one title", pair(titles="ab"), ValueError, "pass two"),
     refused("three titles", pair(titles=("a", "b", "c")), ValueError, "pass two"),
 ]
+
+
+J = torch.rand(5, 10, generator=G)
+
+
+def matches(a=A, b=A, joint=J, finish=never, **options):
+    return lambda _model: finish(plot_matches(a, b, joint, **options))
+
+
+MATCHES = [
+    works("tensors", matches(finish=drawn)),
+    works("arrays", matches(A.numpy(), A.numpy(), J.numpy(), finish=drawn)),
+    works("read only", matches(read_only(A), joint=read_only(J))),
+    works("a list", matches(joint=J.tolist())),
+    works("half precision", matches(A.half(), joint=J.bfloat16(), finish=drawn)),
+    works("with gradient", matches(joint=J.clone().requires_grad_(), finish=drawn)),
+    works("in a batch of one", matches(joint=J[None])),
+    works("grids as tensors", matches(grid_a=torch.tensor([1, 4]), grid_b=np.array([1, 9]),
+                                      finish=drawn)),
+    works("one region each", matches(joint=torch.ones(2, 2), finish=drawn)),
+    works("zeros", matches(joint=0 * J, finish=drawn)),
+    works("negative", matches(joint=-J, finish=drawn)),
+    works("all alike", matches(joint=torch.ones(5, 5), finish=drawn)),
+    works("huge", matches(joint=1e30 * J, finish=drawn)),
+    works("tiny", matches(joint=1e-30 * J, finish=drawn)),
+    works("more than there are", matches(top=1000)),
+    works("of two sizes", matches(b=A[:1, :4, :], finish=drawn)),
+    works("dollars", matches(titles=("$\\frac", "5$ and $"), finish=drawn)),
+    *(works(name, under(context, matches())) for name, context in DEFAULTS.items()),
+    refused("None", matches(joint=None), TypeError, "joint must be a tensor"),
+    refused("a picture", matches(PICTURE), TypeError, "to_tensor(image)"),
+    refused("bytes", matches(BYTES), ValueError, "bytes: image / 255"),
+    refused("maps", matches(joint=A), ValueError, "joint[i]"),
+    refused("a batch", matches(joint=torch.stack([J, J])), ValueError, "joint[i]"),
+    refused("constants only", matches(joint=J[:1]), ValueError, "[Ra + 1, Rb + 1]"),
+    refused("NaN", matches(joint=J * torch.nan), ValueError, "or holds NaN"),
+    refused("complex", matches(joint=J * 1j), TypeError, "pass real values"),
+    refused("no square", matches(joint=J[:4]), ValueError, "grid_a=pair.map_a.shape[2:]"),
+    refused("no grid of b", matches(grid_b=(2, 4)), ValueError, "grid_b=pair.map_b.shape[2:]"),
+    refused("the shape of a map", matches(grid_a=(1, 1, 2, 2)), ValueError, "shape[2:]"),
+    refused("one number", matches(grid_a=4), ValueError, "shape[2:]"),
+    refused("negative sides", matches(grid_a=(-2, -2)), ValueError, "shape[2:]"),
+    refused("halves", matches(grid_a=(8, 0.5)), ValueError, "shape[2:]"),
+    refused("top None", matches(top=None), ValueError, "int of at least 1"),
+    refused("top 0", matches(top=0), ValueError, "int of at least 1"),
+    refused("top 2.5", matches(top=2.5), ValueError, "int of at least 1"),
+    refused("one title", matches(titles="ab"), ValueError, "pass two"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("row", MATCHES)
+def test_plot_matches(row):
+    row.check()
 
 
 def episode(queries=BATCH, references=BATCH, maps=GRID, finish=never, **options):

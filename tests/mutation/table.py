@@ -143,13 +143,12 @@ RULES = of(
     ("return gradients.mean(dim=3, keepdim=True)", "return gradients.sum(dim=3, keepdim=True)"),
     ("maps - maps.mean(dim=-1, keepdim=True)", "maps - maps.mean()"),
     ("if shape not in ((*wanted, 1), (*wanted, regions)):", "if shape[:-1] != wanted:"),
-    ("_warned = True", "pass"),
-    ('Rule("centred", _gradient, centred=True)', 'Rule("centred", _gradient)'),
+    ('Rule("centred", _gradient, centred=True,', 'Rule("centred", _gradient,'),
 )  # fmt: skip
 RULES += of(
     "core/rules.py",
     "contracts/test_identities.py",
-    ('Rule("gradcam", _mean_gradient, frozen=False)', 'Rule("gradcam", _mean_gradient)'),
+    ('Rule("gradcam", _mean_gradient, frozen=False,', 'Rule("gradcam", _mean_gradient,'),
 )
 
 MAPS = of(
@@ -161,9 +160,8 @@ MAPS = of(
      "maps.to(activation.dtype)"),
     ("if not torch.isfinite(attribution).all():", "if torch.isnan(attribution).any():"),
     ("and not arranged.any() and tensors[0].any()", "and not arranged.any()"),
-    ("at_input=self._at_input, zeros=True)", "zeros=True)"),
-    ("with self.replayed(), torch.random.fork_rng(range(len(cuda))):",
-     "with torch.random.fork_rng(range(len(cuda))):"),
+    ("at_input=self._at_input, replace=replace)", "replace=replace)"),
+    ("        with self.replayed():\n", "        if True:\n"),
     ("torch.set_rng_state(cpu)", "pass"),
     ("self.scores = scores.detach()", "self.scores = scores"),
     ("len(shape) < 2 + self._regions", "len(shape) < 2"),
