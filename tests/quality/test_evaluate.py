@@ -157,6 +157,15 @@ def test_all_explain_one_model_of_the_same_references_and_contrast(contrast):
         assert shift.abs().min() > 0.1
 
 
+def test_what_judges_the_maps_does_not_depend_on_what_they_explain():
+    net, found = encoder(), {}
+    for contrast in (None, "others"):
+        given = {"contrast": contrast, **FEW}
+        found[contrast] = evaluate({"a": channel_mean}, net, "last", Colours(), **given).values["a"]
+    for name, values in found[None].items():
+        np.testing.assert_array_equal(values, found["others"][name])
+
+
 @pytest.mark.parametrize("made", ["centred", partial(LayerFam, rule="centred", smooth=True)])
 def test_smooth_smooths_once_whoever_made_the_map(made):
     net, data = encoder(), Colours()
