@@ -18,6 +18,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from fam_plugins.core.frozen_tail import frozen_tail
 from fam_plugins.core.references import gallery_mean, prototypes
 from fam_plugins.core.rules import Rule
 from fam_plugins.core.scores import frozen_scores
@@ -46,6 +47,7 @@ __all__ = [
     "explain_pair",
     "from_easyfsl",
     "frozen_scores",
+    "frozen_tail",
     "gallery_mean",
     "infer_transform",
     "prototypes",
