@@ -86,12 +86,19 @@ def _block(channels_in: int, channels_out: int) -> list[nn.Module]:
 
 
 def train_encoder(
-    digits: Digits, *, head: bool = True, steps: int = 250, seed: int = 0, device: str = "cpu"
+    digits: Digits,
+    *,
+    head: bool = True,
+    similarity: str = "cosine",
+    steps: int = 250,
+    seed: int = 0,
+    device: str = "cpu",
 ) -> Encoder:
-    """Train an embedding episode by episode, as prototypical networks are, under cosine.
+    """Train an embedding episode by episode, as prototypical networks are.
 
     Every episode draws 4 supports and 6 queries of each of the ten digits; queries must be
-    nearest to the prototype of their own digit.
+    nearest to the prototype of their own digit, under cosine or, with ``similarity="sqeuclidean"``,
+    the squared Euclidean distance.
     """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -105,9 +112,14 @@ def train_encoder(
         drawn = [rows[torch.randperm(len(rows), generator=generator)[:10]] for rows in by_class]
         images = place(digits.train[torch.cat(drawn)], generator)
         images = images + 0.05 * torch.randn(images.shape, generator=generator)
-        embeddings = F.normalize(encoder(images.to(device)), dim=1).reshape(10, 10, -1)
-        references = F.normalize(embeddings[:, :4].mean(dim=1), dim=1)
-        logits = 10 * embeddings[:, 4:].flatten(0, 1) @ references.T
+        embeddings = encoder(images.to(device)).reshape(10, 10, -1)
+        if similarity == "sqeuclidean":
+            references = embeddings[:, :4].mean(dim=1)
+            logits = -torch.cdist(embeddings[:, 4:].flatten(0, 1), references).square()
+        else:
+            embeddings = F.normalize(embeddings, dim=2)
+            references = F.normalize(embeddings[:, :4].mean(dim=1), dim=1)
+            logits = 10 * embeddings[:, 4:].flatten(0, 1) @ references.T
         loss = F.cross_entropy(logits, wanted)
         optimiser.zero_grad()
         loss.backward()

@@ -7,6 +7,7 @@
 * :mod:`fam_plugins.cape` gives a classifier a head whose heatmap is a probability (CAPE, CVPR 2024,
   arXiv 2404.02388); :class:`LayerCape` and :class:`CAPE` show it.
 * :func:`explain_pair` explains two images in both; :mod:`fam_plugins.plots` draws;
+  :func:`fam_plugins.quality.evaluate` measures maps on your own images and encoder;
   :mod:`fam_plugins.interop` fits evaluation harnesses and few-shot libraries.
 
 The two tools load on first use of their adapter; importing this package loads neither.
@@ -61,7 +62,7 @@ def __getattr__(name: str) -> Any:
         return getattr(import_module(f"{__name__}.captum"), name)
     if name in ("CAPE", "FAM", "SimilarityTarget"):
         return getattr(import_module(f"{__name__}.grad_cam"), name)
-    if name in ("cape", "captum", "grad_cam", "plots"):
+    if name in ("cape", "captum", "grad_cam", "plots", "quality"):
         return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from captum.attr import LayerGradCam
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -14,7 +15,6 @@ from torch.utils.data import DataLoader
 from fam_plugins.cape import CapeModel, calibrate_temperature, fit_cape_head, with_cape_head
 from tests.benchmarks.quality import cape_metrics as metrics
 from tests.benchmarks.quality import problems  # noqa: F401  (makes the examples importable)
-from tests.benchmarks.quality.similarity_metrics import resize
 
 import cape_head  # isort: skip
 
@@ -101,7 +101,8 @@ def _columns(
 ) -> Columns:
     def mask(inputs: Tensor, targets: Tensor) -> Tensor:
         maps = explain(model, inputs, targets).detach()
-        return metrics.scaled(resize(maps, tuple(inputs.shape[2:])))
+        size = inputs.shape[2:]
+        return metrics.scaled(F.interpolate(maps[:, None], size, mode="bilinear")[:, 0])
 
     def confidence(inputs: Tensor) -> Tensor:
         return confidences(model, inputs, head).gather(1, first[:, None])[:, 0]

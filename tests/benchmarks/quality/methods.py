@@ -1,152 +1,91 @@
-"""Every method of the table as a function from images and targets to maps."""
+"""Every row of the table: which explainer, at which contrast, smoothed or not."""
 
 from __future__ import annotations
 
 import contextlib
 import io
-import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import pytorch_grad_cam
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fam_plugins import LayerFam, SimilarityModel, SimilarityTarget
+from fam_plugins import SimilarityModel
 from fam_plugins.core.layer_pass import LayerPass
-from tests.benchmarks.quality.path_rule import path_map
-from tests.benchmarks.quality.problems import Problem
+from fam_plugins.quality.evaluate import explain
 
-Explain = Callable[[Problem, Tensor, Tensor], Tensor]
-CONTRASTS = (None, "others")
+SETTINGS = (
+    (None, False),
+    ("others", False),
+    ("others", True),
+    # Behind one reference per class all but the same as the others; once is enough.
+    ("gallery", True),
+)
+"""Contrast, and whether maps are smoothed."""
+RULES = ("additive", "centred", "gradcam")
+PEERS = ("GradCAM", "GradCAMPlusPlus", "LayerCAM")
+"""Not HiResCAM, which is GradCAM where regions are pooled, as in all networks here."""
 
 
-@dataclass(frozen=True)
-class Method:
-    """A row of the table.
+def explainers(contrast: str | None, smooth: bool) -> dict[str, Any]:
+    """What is measured at a contrast and a smoothing, by name.
 
-    Attributes:
-        name: What it is called.
-        contrast: What the explained score subtracts: ``None``, ``"gallery"`` or ``"others"``.
-        explain: Problem, images ``[B, ...]``, targets ``[B]`` -> maps ``[B, h, w]``, signed where
-            the method is.
-        group: ``"ours"``, ``"pytorch-grad-cam"`` or ``"control"``.
-        adds_up_to: For maps in units of the score: what their sum should be, ``"score"`` or, for
-            the path rule, ``"difference"`` to the baseline's score.
-        slow: Whether it takes dozens of forward passes an image.
+    The published rule undoes a contrast and EigenCAM reads no score, so both stand without one;
+    ScoreCAM takes as many passes as there are channels and is measured at one setting only.
     """
-
-    name: str
-    contrast: str | None
-    explain: Explain
-    group: str
-    adds_up_to: str | None = None
-    slow: bool = False
-
-    @property
-    def label(self) -> str:
-        return f"{self.name}, contrast {self.contrast}" if self.contrast else self.name
-
-
-def all_methods() -> list[Method]:
-    """The rows in the order of the table."""
-    rows = [
-        Method(
-            f"rule {rule}",
-            contrast,
-            _rule(rule, contrast),
-            "ours",
-            adds_up_to="score" if rule != "fam" else None,
-        )
-        for contrast in CONTRASTS
-        for rule in ("fam", "additive", "centred", "gradcam")
-    ]
-    rows += [
-        Method("path rule", contrast, _path(contrast), "ours", adds_up_to="difference")
-        for contrast in CONTRASTS
-    ]
-    rows += [
-        Method("GradCAM", contrast, _grad_cam("GradCAM", contrast), "pytorch-grad-cam")
-        for contrast in CONTRASTS
-    ]
-    rows += [
-        Method(name, None, _grad_cam(name, None), "pytorch-grad-cam", slow=name == "ScoreCAM")
-        for name in ("GradCAMPlusPlus", "HiResCAM", "LayerCAM", "EigenCAM", "ScoreCAM")
-    ]
-    return [
-        *rows,
-        Method("channel mean", None, _channel_mean, "control"),
-        Method("random", None, _random, "control"),
-        Method("uniform", None, _uniform, "control"),
-    ]
+    found: dict[str, Any] = {
+        **{rule: rule for rule in RULES},
+        **{name: getattr(pytorch_grad_cam, name) for name in PEERS},
+    }
+    if (contrast, smooth) == ("others", True):
+        found["ScoreCAM"] = partial(_quietly, pytorch_grad_cam.ScoreCAM)
+    if contrast is None:
+        found |= {"fam": "fam", "EigenCAM": pytorch_grad_cam.EigenCAM}
+        found |= {"channel mean": _channel_mean, "random": _random, "uniform": _uniform}
+    return found
 
 
-def _rule(rule: str, contrast: str | None) -> Explain:
-    def explain(problem: Problem, images: Tensor, targets: Tensor) -> Tensor:
-        model = SimilarityModel(
-            problem.encoder,
-            problem.references,
-            similarity=problem.similarity,
-            contrast=problem.contrast(contrast),
-        )
-        with warnings.catch_warnings():
-            # The table shows the published rule with contrast too; the library rightly warns.
-            warnings.filterwarnings("ignore", message='rule "fam"')
-            maps = LayerFam(model, problem.layer, rule=rule).attribute(images, target=targets)
-        return maps[:, 0]
-
-    return explain
+def row(name: str, contrast: str | None, smooth: bool) -> str:
+    """The label of a row."""
+    against = f", contrast {contrast}" if contrast else ""
+    return f"{name}{against}{', smoothed' if smooth else ''}"
 
 
-def _path(contrast: str | None) -> Explain:
-    def explain(problem: Problem, images: Tensor, targets: Tensor) -> Tensor:
-        def chosen(embeddings: Tensor) -> Tensor:
-            return problem.scores(embeddings, contrast).gather(1, targets[:, None])[:, 0]
+def _quietly(
+    method: Callable[..., Any],
+    model: SimilarityModel,
+    layer: nn.Module,
+    images: Tensor,
+    targets: Tensor,
+) -> Tensor:
+    def batched(*given: Any) -> Any:
+        cam = method(*given)
+        cam.batch_size = 128
+        return cam
 
-        layer = problem.encoder.get_submodule(problem.layer)
-        baseline = problem.gallery_embeddings.mean(dim=0)
-        return path_map(problem.encoder, layer, chosen, images, baseline)
-
-    return explain
-
-
-def _grad_cam(name: str, contrast: str | None) -> Explain:
-    def explain(problem: Problem, images: Tensor, targets: Tensor) -> Tensor:
-        rows = torch.arange(len(problem.references))
-        against = {
-            None: lambda _k: None,
-            "gallery": lambda _k: problem.gallery_embeddings,
-            "others": lambda k: problem.references[rows != k],
-        }[contrast]
-        wanted = {
-            k: SimilarityTarget(problem.references[k], problem.similarity, against(k))
-            for k in set(targets.tolist())
-        }
-        layers = [problem.encoder.get_submodule(problem.layer)]
-        with getattr(pytorch_grad_cam, name)(problem.encoder, layers) as cam:
-            cam.batch_size = 128
-            with contextlib.redirect_stderr(io.StringIO()):  # ScoreCAM draws a bar per image
-                maps = cam(images, [wanted[k] for k in targets.tolist()])
-        problem.encoder.zero_grad(set_to_none=True)
-        return torch.from_numpy(maps)
-
-    return explain
+    batched.get_cam_image = None  # type: ignore[attr-defined]  # a method of pytorch-grad-cam
+    with contextlib.redirect_stderr(io.StringIO()):  # it draws a bar for every image
+        return explain(batched, model, layer, images, targets, False)[0]
 
 
-def _activation(problem: Problem, images: Tensor) -> Tensor:
-    one = LayerPass(problem.encoder, [problem.layer], differentiate=False)
-    one.run(lambda: problem.encoder(images))
+def _activation(model: SimilarityModel, layer: nn.Module, images: Tensor) -> Tensor:
+    one = LayerPass(model, [layer], differentiate=False)
+    one.run(lambda: model(images))
     ((activation,),) = one.tracked
     return activation
 
 
-def _channel_mean(problem: Problem, images: Tensor, _targets: Tensor) -> Tensor:
-    return _activation(problem, images).mean(dim=1)
+def _channel_mean(
+    model: SimilarityModel, layer: nn.Module, images: Tensor, _targets: Tensor
+) -> Tensor:
+    return _activation(model, layer, images).mean(dim=1)
 
 
-def _random(problem: Problem, images: Tensor, _targets: Tensor) -> Tensor:
-    return torch.rand(_activation(problem, images).mean(dim=1).shape)
+def _random(model: SimilarityModel, layer: nn.Module, images: Tensor, _targets: Tensor) -> Tensor:
+    return torch.rand(_activation(model, layer, images).mean(dim=1).shape)
 
 
-def _uniform(problem: Problem, images: Tensor, _targets: Tensor) -> Tensor:
-    return torch.ones_like(_activation(problem, images).mean(dim=1))
+def _uniform(model: SimilarityModel, layer: nn.Module, images: Tensor, _targets: Tensor) -> Tensor:
+    return torch.ones_like(_activation(model, layer, images).mean(dim=1))

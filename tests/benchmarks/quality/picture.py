@@ -11,14 +11,14 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from tests.benchmarks.quality.intervals import estimate
+from tests.benchmarks.quality.intervals import over_networks
 from tests.benchmarks.quality.report import CAPE, Rows
 
 PANELS = {
-    "energy": ("energy in the\nright cell", "higher", 0.25),
-    "point": ("brightest point\nin it", "higher", 0.25),
-    "mosaic contrastive deletion": ("contrastive\ndeletion, mosaics", "lower", None),
-    "single contrastive deletion": ("contrastive\ndeletion, singles", "lower", None),
+    "energy": ("energy on\nthe match", "higher", 0.25),
+    "point": ("brightest point\non it", "higher", 0.25),
+    "auc": ("pixel AUC", "higher", 0.5),
+    "mosaic faithfulness": ("insertion minus\ndeletion, mosaics", "higher", None),
     "single faithfulness": ("insertion minus\ndeletion, singles", "higher", None),
     "sensitivity": ("reference\nsensitivity", "lower", None),
     "randomisation": ("model\nrandomisation", "lower", None),
@@ -26,31 +26,42 @@ PANELS = {
 COLOURS = ("tab:blue", "tab:orange", "tab:green")
 
 
-def draw(similarity: dict[str, Rows], cape: Rows | None, path: Path) -> None:
-    """Draw the pooled similarity rows of each kind of network, and the CAPE rows below."""
-    labels = list(next(iter(similarity.values())))
-    heights = [0.28 * len(labels) + 1] + ([2.6] if cape else [])
+def draw(kinds: dict[str, Rows], cape: Rows | None, path: Path) -> None:
+    """Draw the rows of each kind of embedding, and the CAPE rows below."""
+    labels = list(next(iter(kinds.values())))
+    heights = [0.34 * len(labels) + 1] + ([2.6] if cape else [])
     figure = plt.figure(figsize=(19, sum(heights) + 2), layout="constrained")
     parts = np.atleast_1d(figure.subfigures(len(heights), 1, height_ratios=heights))
     axes = parts[0].subplots(1, len(PANELS), sharey=True)
-    parts[0].suptitle("Similarity maps: mean and 95 % bootstrap interval; dotted: chance")
-    spread = 0.15 * (len(similarity) - 1)
+    networks = max(len(v) for rows in kinds.values() for v in rows[labels[0]].values())
+    parts[0].suptitle(
+        f"Similarity maps: mean of {networks} networks and 95 % t interval; dotted: chance"
+    )
+    spread = 0.13 * (len(kinds) - 1)
     for axis, (key, (title, better, chance)) in zip(axes, PANELS.items(), strict=True):
         for (name, rows), colour, shift in zip(
-            similarity.items(), COLOURS, np.linspace(-spread, spread, len(similarity)), strict=False
+            kinds.items(), COLOURS, np.linspace(-spread, spread, len(kinds)), strict=False
         ):
-            _points(axis, [rows[label][key] for label in labels], shift, colour, name)
+            columns = [rows[label][key] for label in labels]
+            # Squared distances have a scale of their own in every network: shown by their sign and
+            # size against the largest of the panel.
+            scale = 1.0
+            if "faithfulness" in key:
+                means = np.abs([over_networks(values).value for values in columns])
+                scale = max(np.nanmax(means), 1e-9)
+            _points(axis, [np.array(values) / scale for values in columns], shift, colour, name)
         if chance is not None:
             axis.axvline(chance, linestyle=":", color="grey")
-        axis.set_title(f"{title}\n({better} is better)", fontsize=10)
+        relative = ",\nlargest = 1" if "faithfulness" in key else ""
+        axis.set_title(f"{title}{relative}\n({better} is better)", fontsize=10)
         axis.grid(axis="y", alpha=0.3)
     axes[0].set_yticks(range(len(labels)), labels)
-    axes[0].invert_yaxis()
+    axes[0].set_ylim(len(labels) - 0.5, -0.5)
     parts[0].legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     if cape:
         _draw_cape(parts[1], cape)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=80)
     plt.close(figure)
 
 
@@ -61,7 +72,8 @@ def _draw_cape(part: object, cape: Rows) -> None:
     )
     for axis, (key, title) in zip(axes, CAPE.items(), strict=True):
         percent = 100 if "%" in title else 1
-        _points(axis, [percent * columns[key] for columns in cape.values()], 0, COLOURS[0], "")
+        columns = [percent * np.array(columns[key]) for columns in cape.values()]
+        _points(axis, columns, 0, COLOURS[0], "")
         # The arrows of the table as words: not every font has them.
         better = "higher" if title.endswith("↑") else "lower"
         axis.set_title(f"{title[:-2]}\n({better} is better)", fontsize=9)
@@ -73,15 +85,11 @@ def _draw_cape(part: object, cape: Rows) -> None:
 def _points(
     axis: plt.Axes, columns: list[np.ndarray], shift: float, colour: str, name: str
 ) -> None:
-    found = [estimate(values) for values in columns]
-    centre = np.array([e.value for e in found])
-    # Intervals of percentiles need not be symmetric; a single value has none.
-    below = np.nan_to_num(np.maximum(centre - [e.low for e in found], 0))
-    above = np.nan_to_num(np.maximum([e.high for e in found] - centre, 0))
+    found = [over_networks(values) for values in columns]
     axis.errorbar(
-        centre,
+        [e.value for e in found],
         np.arange(len(found)) + shift,
-        xerr=np.stack([below, above]),
+        xerr=np.nan_to_num([e.half for e in found]),  # a single network has no interval
         fmt="o",
         markersize=4,
         capsize=2,

@@ -1,28 +1,30 @@
-"""The Markdown tables."""
+"""The full report: every row and measure as Markdown tables, and the summary that is kept."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
-from tests.benchmarks.quality.intervals import Estimate, estimate
-from tests.benchmarks.quality.verdict import JUDGED, RIVAL, compare, ours, statement
+from tests.benchmarks.quality import verdict
+from tests.benchmarks.quality.intervals import Estimate, over_networks
 
-Rows = dict[str, dict[str, np.ndarray]]
+Rows = dict[str, dict[str, list[float]]]
+"""Row -> measure -> one value per network."""
 
 MAPS = {
-    "energy": "energy in the right cell ↑ (chance .25)",
-    "point": "brightest point in it ↑ (chance .25)",
+    "energy": "energy on the match ↑",
+    "point": "brightest point on it ↑",
+    "auc": "pixel AUC ↑",
     "sensitivity": "reference sensitivity ↓",
     "randomisation": "model randomisation ↓",
     "additivity": "additivity error",
-    "ms": "ms per image (median)",
-}
-FAITHFUL = {
-    "deletion": "deletion ↓",
-    "insertion": "insertion ↑",
-    "contrastive deletion": "contrastive deletion ↓",
-    "contrastive insertion": "contrastive insertion ↑",
-    "faithfulness": "contrastive insertion - deletion ↑",
+    "mosaic deletion": "deletion, mosaics ↓",
+    "mosaic insertion": "insertion, mosaics ↑",
+    "mosaic faithfulness": "insertion - deletion, mosaics ↑",
+    "single deletion": "deletion, singles ↓",
+    "single insertion": "insertion, singles ↑",
+    "single faithfulness": "insertion - deletion, singles ↑",
 }
 CAPE = {
     "average drop": "average drop % ↓",
@@ -35,30 +37,46 @@ CAPE = {
 }
 
 
-def similarity_section(name: str, facts: list[str], networks: list[Rows], rows: Rows) -> str:
-    """Tables and verdict of one kind of network, pooled over its seeds."""
-    lines = [f"## {name}", "", *(f"* {fact}" for fact in facts), ""]
-    lines += [f"**Does a rule of ours beat GradCAM?** {statement(rows)}", ""]
-    lines += [_table("method", rows, MAPS), ""]
-    for where, what in (("mosaic", "mosaics"), ("single", "single images")):
-        lines += [f"Deletion and insertion on {what}, areas under the curve:", ""]
-        columns = {f"{where} {key}": title for key, title in FAITHFUL.items()}
-        lines += [_table("method", rows, columns), ""]
-    return "\n".join(
-        [
-            *lines,
-            *_versus(rows, RIVAL),
-            "",
-            *_versus(rows, f"{RIVAL}, contrast others"),
-            "",
-            _path(networks, rows),
-        ]
-    )
+def side_by_side(networks: list[dict[str, dict[str, float]]]) -> Rows:
+    """The same rows of several networks, one value each."""
+    return {
+        label: {name: [rows[label][name] for rows in networks] for name in columns}
+        for label, columns in networks[0].items()
+    }
+
+
+def summary(
+    kinds: dict[str, tuple[list[float], Rows]], cape: Rows, counts: dict[str, int]
+) -> dict[str, Any]:
+    """What the READMEs' tables and sentences follow from, to four digits."""
+
+    def short(rows: Rows, labels: list[str], measures: list[str]) -> Rows:
+        return {
+            label: {name: [round(v, 4) for v in rows[label][name]] for name in measures}
+            for label in labels
+        }
+
+    return {
+        **counts,
+        "kinds": {
+            kind: {
+                "accuracy": [round(value, 4) for value in accuracy],
+                "rows": short(rows, verdict.SHOWN, list(verdict.JUDGED)),
+            }
+            for kind, (accuracy, rows) in kinds.items()
+        },
+        "cape": short(cape, list(cape), ["average drop", "top-2 overlap"]),
+    }
+
+
+def similarity_section(kind: str, accuracy: list[float], rows: Rows) -> str:
+    """The table of one kind of embedding."""
+    facts = ", ".join(f"{value:.0%}" for value in accuracy)
+    return f"## {kind}\n\nAccuracy of the nearest reference: {facts}.\n\n{_table(rows, MAPS)}"
 
 
 def cape_section(facts: list[str], own: Rows, vanilla: Rows) -> str:
     """The tables of the CAPE part."""
-    percent = {"average drop", "increase", "drop in deletion"}
     titles = {
         "own": "Each method judged by the head it explains, on that head's top class:",
         "vanilla": "The same, all judged by the vanilla classifier, on its top class:",
@@ -66,66 +84,25 @@ def cape_section(facts: list[str], own: Rows, vanilla: Rows) -> str:
     lines = ["## CAPE and CAM on a digits classifier", "", *(f"* {fact}" for fact in facts), ""]
     for title, rows in ((titles["own"], own), (titles["vanilla"], vanilla)):
         shown = {
-            label: {k: 100 * v if k in percent else v for k, v in columns.items()}
+            label: {k: [100 * v if "%" in CAPE[k] else v for v in columns[k]] for k in CAPE}
             for label, columns in rows.items()
         }
-        lines += [title, "", _table("method", shown, CAPE), ""]
+        lines += [title, "", _table(shown, CAPE), ""]
     return "\n".join(lines)
 
 
-def _table(first: str, rows: Rows, columns: dict[str, str]) -> str:
-    lines = [
-        f"| {first} | " + " | ".join(columns.values()) + " |",
-        "|---" * (len(columns) + 1) + "|",
-    ]
+def _table(rows: Rows, columns: dict[str, str]) -> str:
+    lines = [f"| method | {' | '.join(columns.values())} |", "|---" * (len(columns) + 1) + "|"]
     for label, values in rows.items():
-        cells = [shown(estimate(values[key], median=key == "ms")) for key in columns]
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+        cells = [shown(over_networks(values[key])) for key in columns]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def shown(value: Estimate) -> str:
-    """A value and its interval; a dash where the metric is not defined for the method."""
+    """A value and its interval; a dash where the measure is not defined for the method."""
     if value.count == 0:
         return "-"
-    digits = 3 if max(abs(value.value), abs(value.high)) < 10 else 1
-    if 0 < abs(value.value) < 5e-4:
-        return f"{value.value:.0e} [{value.low:.0e}, {value.high:.0e}]"
-    return f"{value.value:.{digits}f} [{value.low:.{digits}f}, {value.high:.{digits}f}]"
-
-
-def _versus(rows: Rows, rival: str) -> list[str]:
-    lines = [
-        f"Gain over pytorch-grad-cam's {rival}, image by image (positive is "
-        "better, 95 % interval of the paired difference):",
-        "",
-        "| rule | " + " | ".join(JUDGED) + " |",
-        "|---" * (len(JUDGED) + 1) + "|",
-    ]
-    for label in ours(rows):
-        found = [compare(rows, label, rival, metric) for metric in JUDGED]
-        lines.append(
-            f"| {label} | " + " | ".join(f"{shown(v.gain)} {v.word}" for v in found) + " |"
-        )
-    return lines
-
-
-def _path(networks: list[Rows], rows: Rows) -> str:
-    lines = [
-        "Gain of the path rule over `centred`. It reads a gallery already without contrast, so it "
-        "also has to beat `centred` with one:",
-        "",
-        "| path rule | against | metric | all networks | network by network |",
-        "|---|---|---|---|---|",
-    ]
-    contrasts = {"none": "", "others": ", contrast others"}
-    for mine, theirs in (("none", "none"), ("others", "others"), ("none", "others")):
-        for metric in JUDGED:
-            pair = (f"path rule{contrasts[mine]}", f"rule centred{contrasts[theirs]}", metric)
-            verdict = compare(rows, *pair)
-            each = [compare(network, *pair).word for network in networks]
-            lines.append(
-                f"| contrast {mine} | `centred`, contrast {theirs} | {metric} | "
-                f"{shown(verdict.gain)} {verdict.word} | {', '.join(each)} |"
-            )
-    return "\n".join(lines)
+    digits = 3 if abs(value.value) < 10 else 1
+    half = "" if np.isnan(value.half) else f" ± {value.half:.{digits}f}"
+    return f"{value.value:.{digits}f}{half}"

@@ -1,183 +1,103 @@
-"""Measure every method on every similarity problem; one value an image and metric."""
+"""Measure every row on one network: means over its images."""
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
-import torch
-import torchvision.transforms.functional as vision
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from tests.benchmarks.quality import similarity_metrics as metrics
-from tests.benchmarks.quality.methods import Method, all_methods
+from fam_plugins import LayerFam
+from fam_plugins.quality import evaluate
+from fam_plugins.quality.evaluate import explain
+from fam_plugins.quality.measures import rank_correlation
+from tests.benchmarks.quality.methods import SETTINGS, explainers, row
 from tests.benchmarks.quality.problems import Problem
 from tests.benchmarks.quality.randomise import randomised, stages
 
-Columns = dict[str, np.ndarray]
+Means = dict[str, dict[str, float]]
+"""Row -> measure -> mean over the images of one network; NaN where it is undefined."""
 
 
 @dataclass(frozen=True)
 class Counts:
-    """How much is measured, and how.
+    """How much is measured."""
 
-    Attributes:
-        randomised: Mosaics for the randomisation test, of those there are.
-        timed: Mosaics explained one by one for the milliseconds.
-        steps: Steps of deletion and insertion.
-        baseline: What stands in for a deleted patch: ``"blur"`` or ``"mean"`` (of the gallery).
-    """
-
-    randomised: int = 10
-    timed: int = 10
+    mosaics: int = 40
+    singles: int = 40
     steps: int = 10
-    baseline: str = "blur"
+    randomised: int = 5
 
 
-def measure(problem: Problem, counts: Counts) -> dict[str, Columns]:
-    """Columns by label of method, on one problem."""
-    torch.manual_seed(problem.seed)
-    methods = all_methods()
-    rows: dict[Method, Columns] = {}
-    for method in tqdm(methods, desc=f"maps: {problem.name}, seed {problem.seed}"):
-        maps = in_chunks(method, problem, problem.mosaics, problem.targets)
-        rows[method] = {
-            **_pointing(problem, maps),
-            **_sensitivity(method, problem, maps),
-            **_additivity(method, problem, maps),
-            **_faithfulness(problem, maps, problem.mosaics, problem.targets, counts, "mosaic"),
-            "ms": _milliseconds(method, problem, counts.timed),
-        }
-        singles = in_chunks(method, problem, problem.singles, problem.single_classes)
-        rows[method] |= _faithfulness(
-            problem, singles, problem.singles, problem.single_classes, counts, "single"
+def measure(problem: Problem, counts: Counts, seed: int) -> tuple[Means, float]:
+    """Means by row, and the accuracy of the nearest reference."""
+    rows: Means = {}
+    for contrast, smooth in tqdm(SETTINGS, desc="contrasts and smoothing", leave=False):
+        found = evaluate(
+            explainers(contrast, smooth),
+            **vars(problem),
+            contrast=contrast,
+            smooth=smooth,
+            mosaics=counts.mosaics,
+            singles=counts.singles,
+            steps=counts.steps,
+            seed=seed,
         )
-    for method, correlation in _randomisation(problem, methods, counts.randomised).items():
-        rows[method]["randomisation"] = correlation
-    return {method.label: columns for method, columns in rows.items()}
+        for name, columns in found.values.items():
+            means = {measure: _mean(values) for measure, values in columns.items()}
+            for kind in ("mosaic", "single"):
+                gap = columns[f"{kind} insertion"] - columns[f"{kind} deletion"]
+                means[f"{kind} faithfulness"] = _mean(gap)
+            rows[row(name, contrast, smooth)] = means
+    for columns in rows.values():
+        columns["randomisation"] = float("nan")
+    for name, value in _randomisation(problem, counts.randomised, seed).items():
+        rows[row(name, "others", True)]["randomisation"] = value
+    return rows, found.accuracy
 
 
-def pool(measured: list[dict[str, Columns]]) -> dict[str, Columns]:
-    """The same methods on several networks, images side by side."""
-    return {
-        label: {name: np.concatenate([rows[label][name] for rows in measured]) for name in columns}
-        for label, columns in measured[0].items()
-    }
+def _mean(values: np.ndarray) -> float:
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if len(known) else float("nan")
 
 
-def in_chunks(
-    method: Method, problem: Problem, images: Tensor, targets: Tensor, size: int = 32
-) -> Tensor:
-    """Maps ``[B, h, w]`` on the CPU."""
-    parts = zip(images.split(size), targets.split(size), strict=True)
-    return torch.cat([method.explain(problem, *part).detach().cpu() for part in parts])
-
-
-def _pointing(problem: Problem, maps: Tensor) -> Columns:
-    size = tuple(problem.mosaics.shape[2:])
-    # The positive part first, then the resizing: what pytorch-grad-cam does with its own maps.
-    shown = metrics.resize(maps.clamp_min(0), size)
-    return {
-        "energy": metrics.energy_share(shown, problem.cells).numpy(),
-        "point": metrics.brightest_in_cell(metrics.resize(maps, size), problem.cells).numpy(),
-    }
-
-
-def _sensitivity(method: Method, problem: Problem, maps: Tensor) -> Columns:
-    other = in_chunks(method, problem, problem.mosaics, problem.other_targets)
-    return {"sensitivity": metrics.rank_correlation(maps, other)}
-
-
-def _additivity(method: Method, problem: Problem, maps: Tensor) -> Columns:
-    if method.adds_up_to is None:
-        return {"additivity": np.full(len(maps), np.nan)}
-
-    def chosen(embeddings: Tensor) -> Tensor:
-        scores = problem.scores(embeddings, method.contrast)
-        return scores.gather(1, problem.targets[:, None])[:, 0]
-
-    with torch.no_grad():
-        wanted = chosen(torch.cat([problem.encoder(part) for part in problem.mosaics.split(64)]))
-        if method.adds_up_to == "difference":
-            baseline = problem.gallery_embeddings.mean(dim=0, keepdim=True)
-            wanted = wanted - chosen(baseline.expand(len(maps), -1))
-    return {"additivity": (maps.sum(dim=(1, 2)) - wanted).abs().numpy()}
-
-
-def _faithfulness(
-    problem: Problem, maps: Tensor, images: Tensor, targets: Tensor, counts: Counts, where: str
-) -> Columns:
-    patch = problem.patch if where == "mosaic" else problem.single_patch
-    order = metrics.patch_order(
-        metrics.resize(maps, tuple(images.shape[2:])),
-        patch,
-        torch.Generator().manual_seed(problem.seed),
-    )
-    baseline = baseline_images(problem, images, counts.baseline)
-
-    columns: Columns = {}
-    for name, insert in (("deletion", False), ("insertion", True)):
-        # One pass serves both scores: all references are scored, and the right one picked after.
-        curve = metrics.perturbation_curve(
-            lambda part: problem.scores(problem.encoder(part)),
-            images,
-            baseline,
-            order,
-            patch,
-            counts.steps,
-            insert=insert,
-        )
-        areas = metrics.area(curve)
-        score = areas.gather(1, targets[:, None])[:, 0]
-        others = (areas.sum(dim=1) - score) / (areas.shape[1] - 1)
-        columns[f"{where} {name}"] = score.numpy()
-        columns[f"{where} contrastive {name}"] = (score - others).numpy()
-    columns[f"{where} faithfulness"] = (
-        columns[f"{where} contrastive insertion"] - columns[f"{where} contrastive deletion"]
-    )
-    return columns
-
-
-def baseline_images(problem: Problem, images: Tensor, kind: str) -> Tensor:
-    """What stands in for deleted patches: the image heavily blurred, or the gallery's mean."""
-    if kind == "blur":
-        # A fifth of a cell, wide enough that no stroke or texture survives.
-        sigma = problem.singles.shape[-1] / 5
-        kernel = 2 * min(int(2 * sigma), images.shape[-1] // 2 - 1) + 1
-        return vision.gaussian_blur(images, [kernel, kernel], [sigma, sigma])
-    mean = problem.gallery.mean(dim=(0, 2, 3), keepdim=True)
-    return mean.expand_as(images)
-
-
-def _milliseconds(method: Method, problem: Problem, count: int) -> np.ndarray:
-    taken = []
-    for image, target in zip(problem.mosaics[:count], problem.targets[:count], strict=True):
-        start = time.perf_counter()
-        method.explain(problem, image[None], target[None])
-        taken.append(1000 * (time.perf_counter() - start))
-    return np.array(taken)
-
-
-def _randomisation(problem: Problem, methods: list[Method], count: int) -> dict[Method, np.ndarray]:
-    """Mean over the stages of the rank correlation with the map of the trained network."""
-    images, targets = problem.mosaics[:count], problem.targets[:count]
-    trained = {method: in_chunks(method, problem, images, targets) for method in methods}
-    found: dict[Method, list[np.ndarray]] = {method: [] for method in methods}
+def _randomisation(problem: Problem, count: int, seed: int) -> dict[str, float]:
+    """Mean over the cascade of the rank correlation with the maps of the trained network."""
+    trained = _maps(problem, count, seed)
+    found: dict[str, list[float]] = {name: [] for name in trained}
     reset: list[str] = []
-    for part in tqdm(stages(problem.encoder), desc="randomising the network"):
+    for part in stages(problem.encoder):
         reset = reset + part
-        asked = problem.with_encoder(randomised(problem.encoder, reset, problem.seed))
-        for method in methods:
-            maps = in_chunks(method, asked, images, targets)
-            found[method].append(metrics.rank_correlation(trained[method], maps))
-    # Undefined for an image if it is at every stage; a constant map at one stage leaves the rest.
-    return {method: _mean_of_defined(np.stack(values)) for method, values in found.items()}
+        asked = replace(problem, encoder=randomised(problem.encoder, reset, seed))
+        for name, maps in _maps(asked, count, seed).items():
+            found[name].append(_mean(rank_correlation(trained[name], maps).numpy()))
+    return {name: _mean(np.array(values)) for name, values in found.items()}
 
 
-def _mean_of_defined(values: np.ndarray) -> np.ndarray:
-    defined = np.isfinite(values)
-    total = np.where(defined, values, 0).sum(axis=0)
-    count = defined.sum(axis=0)
-    return np.divide(total, count, out=np.full(len(total), np.nan), where=count > 0)
+def _maps(problem: Problem, count: int, seed: int) -> dict[str, Tensor]:
+    """Smoothed maps of the same mosaics, contrast others, by name."""
+    methods = explainers("others", True)
+    seen: dict[str, list[Tensor]] = {name: [] for name in methods}
+
+    def keep(
+        name: str, model: nn.Module, layer: nn.Module, images: Tensor, targets: Tensor
+    ) -> Tensor:
+        given = methods[name]
+        if isinstance(given, str):
+            given = partial(LayerFam, rule=given)
+        maps, _ = explain(given, model, layer, images, targets, True)
+        seen[name].append(maps)
+        return maps
+
+    evaluate(
+        {name: partial(keep, name) for name in methods if name != "ScoreCAM"},
+        **vars(problem),
+        mosaics=count,
+        singles=1,
+        steps=1,
+        seed=seed,
+    )
+    # The first call explains the mosaics' own class, as long as they are one batch.
+    return {name: maps[0] for name, maps in seen.items() if maps}
