@@ -57,14 +57,14 @@ def hold_own_norm(embeddings: Tensor) -> Tensor | None:
     def hold(gradients: tuple[Tensor, ...], _: Any) -> tuple[Tensor | None, ...]:
         return tuple(None if i == place else found for i, found in enumerate(gradients))
 
+    lengths: Tensor
     if length is None:  # held already, by a frozen tail
-        factor: Tensor = node._saved_other.detach().to(rows)
-        factor = factor if node.name() == "DivBackward0" else 1 / factor
-        lengths: Tensor = factor.flatten(1)[:, :1]
-        return lengths
-    node.register_hook(hold)
-    divided: Tensor = (node._saved_self if place else node._saved_other).detach().to(rows)
-    lengths = torch.linalg.vector_norm(divided.flatten(1), dim=1, keepdim=True)
+        factor = node._saved_other.detach().to(rows).flatten(1)[:, :1]
+        lengths = factor if node.name() == "DivBackward0" else 1 / factor
+    else:
+        node.register_hook(hold)
+        divided = (node._saved_self if place else node._saved_other).detach().to(rows)
+        lengths = torch.linalg.vector_norm(divided.flatten(1), dim=1, keepdim=True)
     return lengths
 
 
