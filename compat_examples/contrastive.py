@@ -3,8 +3,8 @@
 Trains a small encoder on scikit-learn's handwritten digits as SimCLR does (arXiv 2002.05709),
 without labels, and checks it by k nearest neighbours on held-out digits. A pair of digits is then
 explained twice: on the pooled backbone features, which is what such encoders are used for, and
-through the projection head, which is what they were trained on. The convergence delta tells that
-the first is exact and the second, through the head's ReLU, first order. Writes a picture of each.
+through the projection head, which is what they were trained on. Both maps are exact; of the second
+the head's biases carry a part, which no region does. Writes a picture of each.
 
     python compat_examples/contrastive.py --out out
 """
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from fam_plugins import LayerFam, SimilarityModel
+from fam_plugins.core.decompose import Decomposition
 from fam_plugins.plots import plot_pair
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -121,22 +122,17 @@ def knn_accuracy(
 
 def explain(
     encoder: nn.Module, layer: nn.Module, a: Tensor, b: Tensor, gallery: Tensor
-) -> tuple[list[Tensor], list[float], float]:
-    """Both maps of a pair, both convergence deltas, and the score.
+) -> list[Decomposition]:
+    """Where the score of a pair went, in both of its images.
 
     The contrast is the training digits: what makes these two more alike than digits are anyway?
     """
-    maps, deltas, score = [], [], 0.0
-    for query, reference in ((a, b), (b, a)):
-        model = SimilarityModel(encoder, reference, contrast=gallery)
-        explainer = LayerFam(model, layer, rule="additive")
-        attribution, delta = explainer.attribute(query, target=0, return_convergence_delta=True)
-        maps.append(attribution)
-        deltas.append(delta.item())
-        if query is a:
-            with torch.no_grad():
-                score = model(query).item()
-    return maps, deltas, score
+    return [
+        LayerFam(
+            SimilarityModel(encoder, reference, contrast=gallery), layer, rule="additive"
+        ).decompose(query, target=0)
+        for query, reference in ((a, b), (b, a))
+    ]
 
 
 def main(
@@ -174,29 +170,26 @@ def main(
     fields = digits_data.place(data.held_out[rows], torch.Generator().manual_seed(args.seed))
     a, b = fields.to(args.device).split(1)
     gallery = digits_data.place(data.train[:500], torch.Generator().manual_seed(args.seed))
-    gaps = {}
+    gaps, rest = {}, {}
     print(f"\ntwo held-out digits, both a {args.digit}; contrast: 500 training digits")
     for what, network in named.items():
-        maps, deltas, score = explain(
-            network, encoder.backbone.features, a, b, gallery.to(args.device)
+        sides = explain(network, encoder.backbone.features, a, b, gallery.to(args.device))
+        parts = {name: part.item() for name, part in sides[0].parts.items()}
+        gaps[what] = max(side.gap.abs().item() for side in sides)
+        score, rest[what] = sides[0].score.item(), parts.get("bias", 0.0)
+        shown = ", ".join(f"{name} {part:.4f}" for name, part in parts.items())
+        print(f"  {what}: score {score:.4f} = {shown}; gap up to {gaps[what]:.1e}")
+        figure = plot_pair(a[0], b[0], *(side.maps for side in sides), rule="additive")
+        figure.suptitle(
+            f"{what}: score {score:.3f}, in regions {parts['regions']:.3f}", fontsize=10
         )
-        worst = max(map(abs, deltas))
-        kind = "exact" if worst < 1e-5 else "first order"
-        total = maps[0].sum().item()
-        gaps[what] = max(worst, abs(total - score))
-        print(
-            f"  {what}: score {score:.4f}, sum of the map {total:.4f}, convergence delta up to "
-            f"{worst:.1e} ({kind})"
-        )
-        figure = plot_pair(a[0], b[0], *maps, rule="additive")
-        figure.suptitle(f"{what}: score {score:.3f}, {kind}", fontsize=10)
         path = args.out / f"{name}_{what.split()[0]}.png"
         figure.savefig(path, dpi=110)
         print(f"  wrote {path}")
 
-    pooled, projected = gaps.values()
-    assert pooled < 1e-5, f"on the pooled features the map misses the score by {pooled:.0e}"
-    assert projected > 1e-5, "behind a hidden layer the map is exact: the delta measures nothing"
+    pooled, projected = rest.values()
+    assert max(gaps.values()) < 1e-5, f"the parts miss the score by {max(gaps.values()):.0e}"
+    assert abs(pooled) < 1e-5 < abs(projected), f"biases carry {pooled:.0e} and {projected:.0e}"
 
 
 if __name__ == "__main__":

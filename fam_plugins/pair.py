@@ -35,10 +35,8 @@ class PairExplanation:
         difference_a: ``[B, 1, h, w]``: which regions of ``a`` make it unlike ``b``. ``None``
             unless asked for.
         difference_b: The same for ``b``.
-        delta_a: ``[B]``: the sum of ``map_a`` plus the constant term (what the score would be if
-            the layer gave zeros), minus the score it explains (with its contrast), as in
-            :class:`~fam_plugins.LayerFam`. Zero to rounding behind pooling or a linear head,
-            otherwise the first-order error. ``None`` unless asked for.
+        delta_a: ``[B]``: the sum of ``map_a`` plus every constant, minus the score it explains
+            (with its contrast), as in :class:`~fam_plugins.LayerFam`. ``None`` unless asked for.
         delta_b: The same for ``map_b``.
         joint: ``[B, Ra + 1, Rb + 1]``: the score by regions of ``a`` times regions of ``b``, both
             row by row. The last row and column hold the constants (biases of a head), zero where

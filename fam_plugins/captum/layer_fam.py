@@ -127,9 +127,9 @@ class LayerFam(LayerAttribution):
         Returns:
             Maps ``[B, 1, h, w]`` (``[B, 1]`` for a ``[B, F]`` layer), signed and not normalised,
             on the layer's device and in its dtype; a tuple if the layer gives several tensors.
-            With ``return_convergence_delta`` a pair of that and ``[B]``: the map's sum plus the
-            constant term, minus the score; zero to rounding where all behind the layer is
-            linear, otherwise the size of the first-order error.
+            With ``return_convergence_delta`` a pair of that and ``[B]``: the map's sum plus every
+            constant (:meth:`decompose`), minus the score; zero to rounding behind a frozen tail,
+            with ``tail="true"`` the size of the first-order error.
 
         Raises:
             AssertionError: On a bad target, or a layer that does not run.

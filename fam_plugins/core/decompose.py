@@ -19,13 +19,14 @@ class Decomposition:
 
     Attributes:
         maps: ``[B, 1, h, w]``: the shares of the regions; a tuple if the layer gives several.
-        parts: The score by name, ``[B]`` each. ``"regions"``: the sum of the maps. ``"bias"``:
-            what the score would be if the layer gave zeros, through biases behind it.
-            ``"offset"``: where there is one, the score of an embedding of zeros, such as minus
-            the squared lengths in a squared distance.
+        parts: The score by name, ``[B]`` each. ``"regions"``: the sum of the maps. Where they are:
+            ``"bias"``, of what is behind the layer; ``"class token"`` and ``"registers"``, which
+            stand for no place; ``"residual"``, what bypasses the layer; ``"position"``, embeddings
+            added behind it; ``"offset"``, the score of an embedding of zeros, such as minus the
+            squared lengths in a squared distance.
         score: ``[B]``: the score that is explained, less its contrast.
-        gap: ``[B]``: the sum of the parts minus the score. Zero to rounding where everything
-            behind the layer is linear, otherwise the size of the first-order error.
+        gap: ``[B]``: the sum of the parts minus the score. Zero to rounding behind a frozen tail,
+            with ``tail="true"`` the size of the first-order error.
         coverage: ``[B]``: the regions' share of the score. Near 1 the map tells the whole story;
             near 0 it is about a small rest; NaN for a score of zero without regions.
     """

@@ -36,7 +36,7 @@ class tokens_to_map:  # noqa: N801
     """Lay out patch tokens as a map: ``[B, skip + h * w, C]`` -> ``[B, C, h, w]``.
 
     Tokens in front that stand for no place, the class token and register tokens, are left out;
-    what they contribute to the score is then in no region, and the convergence delta shows it.
+    what they contribute to the score is then in no region, and ``LayerFam.decompose`` names it.
 
     Args:
         h: Rows of patches.
