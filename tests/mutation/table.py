@@ -92,6 +92,25 @@ REFERENCES = of(
     ("if np.ma.isMaskedArray(values):", "if False:"),
 )  # fmt: skip
 
+TAILS = of(
+    "core/maps.py",
+    "core/test_tails.py",
+    ('"norms": {"attention": False, "gates": False}', '"norms": {}'),
+    ("self.rule.tail if tail is None else tail", "self.rule.tail"),
+    ("self._constants = self._pass.behind = TailConstants", "self._constants = TailConstants"),
+    ("shares = (tokens * gradient[:, :skip]).sum(dim=2)", "shares = tokens.sum(dim=2)"),
+    ("part.sum(dim=1) + self.constants.get(name, 0)", "part.sum(dim=1)"),
+    ("        if self._cut:\n", "        if False:\n"),
+)  # fmt: skip
+TAILS += of(
+    "captum/layer_fam.py",
+    "core/test_tails.py core/test_decompose.py",
+    ("        parts |= one.constants\n", "        pass\n"),
+    ('        parts["offset"] = offset\n', "        pass\n"),
+    ("            tail=self.tail,\n", ""),
+)
+TAILS += of("grad_cam/fam.py", "core/test_tails.py", ("            tail=self.tail,\n", ""))
+
 CONTRAST = of(
     "core/contrast.py",
     "core/test_contrast.py",
@@ -114,7 +133,8 @@ OWN_NORM = of(
     ("None if i == place else found", "found"),
     ("Unbind|", ""),
     ("if not (is_unit | (rows == 0).all(dim=1)).all():", "if False:"),
-    ('place, saved = 0, "_saved_other"', "pass"),
+    ("        place = 0\n", "        pass\n"),
+    ('factor if node.name() == "DivBackward0" else 1 / factor', "factor"),
 )
 
 DECOMPOSE = of(
@@ -143,7 +163,7 @@ RULES = of(
     ("return gradients.mean(dim=3, keepdim=True)", "return gradients.sum(dim=3, keepdim=True)"),
     ("maps - maps.mean(dim=-1, keepdim=True)", "maps - maps.mean()"),
     ("if shape not in ((*wanted, 1), (*wanted, regions)):", "if shape[:-1] != wanted:"),
-    ('Rule("centred", _gradient, centred=True,', 'Rule("centred", _gradient,'),
+    ("            centred=True,\n", ""),
 )  # fmt: skip
 RULES += of(
     "core/rules.py",
@@ -160,7 +180,7 @@ MAPS = of(
      "maps.to(activation.dtype)"),
     ("if not torch.isfinite(attribution).all():", "if torch.isnan(attribution).any():"),
     ("and not arranged.any() and tensors[0].any()", "and not arranged.any()"),
-    ("at_input=self._at_input, replace=replace)", "replace=replace)"),
+    ("at_input=self._at_input, **options)", "**options)"),
     ("        with self.replayed():\n", "        if True:\n"),
     ("torch.set_rng_state(cpu)", "pass"),
     ("self.scores = scores.detach()", "self.scores = scores"),
@@ -200,7 +220,7 @@ LAYER_PASS = of(
     "core/test_layer_pass.py captum/test_layer_fam.py contracts/test_explainer_contract.py",
     ("if g is None else g.detach()", "if g is None else g"),
     ('for name in (layer, f"encoder.{layer}"):', 'for name in (f"encoder.{layer}", layer):'),
-    ("if all(grad is None for grad in grads):", "if False:"),
+    ("and all(grad is None for grad in grads):", "and False:"),
     ("return tensor.detach().requires_grad_()", "return tensor.requires_grad_()"),
     ("if self._tracking and tensor.requires_grad:", "if False:"),
     ("parts[i] = tensor.clone()", "parts[i] = tensor"),
@@ -293,8 +313,8 @@ CAPTUM = [
         ("references_per_chunk: int = 64", "references_per_chunk: int = 1"),
         ("scores.forward, inputs, None, additional_forward_args),\n            inputs",
          "scores.forward, inputs, None, None),\n            inputs"),
-        ("return result, region_sum(maps) + constant",
-         "return result, region_sum((result,)) + constant"),
+        ("return result, Decomposition.of(maps, _parts(one, maps",
+         "return result, Decomposition.of(maps, _parts(one, (result,)"),
         ("difference: Tensor = delta + region_sum(attributions) - region_sum(maps)",
          "difference: Tensor = delta"),
         ("sum_channels=attr_dim_summation", "sum_channels=True"),
@@ -515,7 +535,7 @@ QUALITY = of(
 )  # fmt: skip
 
 MUTANTS = [
-    *SIMILARITY, *SCORES, *REFERENCES, *CONTRAST, *OWN_NORM, *DECOMPOSE, *SMOOTH, *RULES, *MAPS,
-    *MANY, *LAYER_PASS, *TRANSFORMS, *OTHERS_OF_CORE, *CAPTUM, *GRAD_CAM, *CAPE, *INTEROP, *PLOTS,
-    *PAIR, *QUALITY,
+    *SIMILARITY, *SCORES, *REFERENCES, *CONTRAST, *OWN_NORM, *TAILS, *DECOMPOSE, *SMOOTH, *RULES,
+    *MAPS, *MANY, *LAYER_PASS, *TRANSFORMS, *OTHERS_OF_CORE, *CAPTUM, *GRAD_CAM, *CAPE, *INTEROP,
+    *PLOTS, *PAIR, *QUALITY,
 ]  # fmt: skip
