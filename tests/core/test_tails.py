@@ -149,9 +149,9 @@ def test_parts_of_a_class_token_by_hand(similarity):
 
 
 def test_one_pass_and_nothing_left_behind(model):
-    calls = []
+    calls, before = [], State.of(model)
     handle = model.encoder.register_forward_hook(lambda *_: calls.append(1))
-    before, x = State.of(model), torch.randn(2, 4, requires_grad=True)
+    x = torch.randn(2, 4, requires_grad=True)
 
     def gradient():
         return torch.autograd.grad(nn.functional.layer_norm(x, (4,)).square().sum(), x)[0]
