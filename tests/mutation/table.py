@@ -99,7 +99,6 @@ TAILS = of(
     ("self.rule.tail if tail is None else tail", "self.rule.tail"),
     ("self._constants = self._pass.behind = TailConstants", "self._constants = TailConstants"),
     ("shares = (tokens * gradient[:, :skip]).sum(dim=2)", "shares = tokens.sum(dim=2)"),
-    ("part.sum(dim=1) + self.constants.get(name, 0)", "part.sum(dim=1)"),
     ("        if self._cut:\n", "        if False:\n"),
 )  # fmt: skip
 TAILS += of(
