@@ -25,14 +25,16 @@ TensorOrTensors = Tensor | tuple[Tensor, ...]
 def select_scores(output: Any, target: Any) -> Tensor:
     """One score per image ``[B]`` of an output ``[B, ...]``, with Captum's targets and errors.
 
-    A model that returns one number for the whole batch keeps it.
+    A model that returns one number for the whole batch keeps it. Where the output knows the row of
+    a label, as that of a labelled :class:`~fam_plugins.SimilarityModel`, a target may be a label or
+    a list of one per image.
     """
     if not isinstance(output, Tensor):
         raise TypeError(
             f"the model returns a {type(output).__name__}, not a tensor: pass a function that "
             "picks the scores out of it, such as lambda x: model(x)['logits']"
         )
-    target = _plain(target)
+    target = _plain(_row_of(output, target))
     _check_range(output, target)
     try:
         scores: Tensor = _select_targets(output, target)
@@ -48,6 +50,22 @@ def select_scores(output: Any, target: Any) -> Tensor:
             "pass target=, the index of the class or reference to explain"
         )
     return scores.reshape(len(scores)) if scores.dim() > 0 else scores
+
+
+def _row_of(output: Any, target: Any) -> Any:
+    """Labels that are strings, as row numbers; every other target as it is."""
+    named = target if isinstance(target, (list, tuple)) else [target]
+    if not named or not all(isinstance(label, str) for label in named):
+        return target
+    if not hasattr(output, "row_of"):
+        raise AssertionError(
+            f"target {target!r} is a label, and this model has none: pass an int, or explain a "
+            "SimilarityModel(..., labels=[...]) itself"
+        )
+    try:
+        return output.row_of(target if isinstance(target, str) else list(target))
+    except ValueError as error:
+        raise AssertionError(f"target: {error}") from error
 
 
 def _plain(target: Any) -> Any:

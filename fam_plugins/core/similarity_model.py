@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fam_plugins.core.captions import Template, embed_captions, filled, text_call
 from fam_plugins.core.contrast import Contrast, GalleryMean, mean_of
+from fam_plugins.core.encoders import Output, image_call
 from fam_plugins.core.eval_mode import check_module
 from fam_plugins.core.gallery import Gallery, is_on_disk
+from fam_plugins.core.messages import unknown_name
 from fam_plugins.core.references import (
     as_tensor,
     embed_contrast,
     embed_once,
     listed,
     prototypes,
+    tensors_of,
     unique_labels,
 )
 from fam_plugins.core.scores import embed, score, subtract_others
@@ -37,9 +41,12 @@ class SimilarityModel(nn.Module):
     ``copy.deepcopy`` carry them.
 
     Args:
-        encoder: Images ``[B, ...]`` -> embeddings ``[B, D]``. It is used, not copied.
+        encoder: Images ``[B, ...]`` -> embeddings ``[B, D]``: any such module, a model of timm or
+            torchvision, one of transformers (a vision model, or the image tower of a dual one such
+            as CLIPModel) or of open_clip. It is used, not copied, and its layers keep their names.
         references: Embeddings ``[N, D]``, or images ``[N, C, H, W]``, which are embedded once, in
-            eval mode, without gradient. A memory-mapped array (``np.load(..., mmap_mode="r")``)
+            eval mode, without gradient; images may come as an image processor's output, a mapping
+            with ``pixel_values``. A memory-mapped array (``np.load(..., mmap_mode="r")``)
             of any size stays on disk: scoring reads it in parts, explaining chosen references
             reads only their rows, and ``state_dict`` does not carry it.
         similarity: ``"cosine"``, ``"dot"``, ``"euclidean"`` (negative squared distance), a distance
@@ -52,6 +59,13 @@ class SimilarityModel(nn.Module):
             contrast. Kept as one row, except under ``"euclidean"`` and functions of your own,
             whose mean no single row gives.
         chunk_size: Images per forward pass when references or contrast are images.
+        labels: A name for each reference: any hashable values.
+        output: Where the embedding is in what the encoder returns: the name of a field, or a
+            callable that picks it. By default ``image_embeds``, else ``pooler_output``. A
+            ``ViTModel`` whose checkpoint has no pooler (transformers says so while loading) starts
+            it at random: there take the class token, ``lambda out: out.last_hidden_state[:, 0]``.
+        forward_kwargs: Further arguments of the encoder's call, such as
+            ``{"interpolate_pos_encoding": True}`` for images of another size.
 
     Attributes:
         encoder: The encoder.
@@ -59,12 +73,14 @@ class SimilarityModel(nn.Module):
             :class:`~fam_plugins.core.gallery.Gallery`.
         similarity: The name of the similarity.
         contrast_embeddings: The contrast, reduced to one row where there is such a form.
-        labels: The label of each row after :meth:`from_support`, otherwise ``None``.
+        labels: The label of each row, or ``None``; :meth:`index` finds the row of a label.
 
     Raises:
-        TypeError: If the encoder is no module or returns no tensor, or references no tensor.
-        ValueError: On an unknown similarity, references that are empty, one-dimensional, not
-            finite or of another width than the contrast.
+        TypeError: If the encoder is no module or returns neither a tensor nor an object with a
+            field to take, references are no tensor, or a processor's output is without pixels.
+        ValueError: On an unknown similarity, an encoder of texts only, references that are empty,
+            one-dimensional, not finite or of another width than the contrast, or another number of
+            labels.
 
     Example:
         >>> import torch
@@ -81,27 +97,37 @@ class SimilarityModel(nn.Module):
     def __init__(
         self,
         encoder: nn.Module,
-        references: Tensor,
+        references: Tensor | Mapping[str, Any],
         *,
         similarity: str | Similarity | Callable[..., Tensor] = "cosine",
-        contrast: Contrast = None,
+        contrast: Contrast | Mapping[str, Any] = None,
         chunk_size: int = 32,
+        labels: Sequence[Hashable] | Tensor | None = None,
+        output: Output = None,
+        forward_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         check_module(encoder, "encoder")
+        image_call(encoder)
+        self._reading: dict[str, Any] = {"output": output, "forward_kwargs": forward_kwargs}
         chosen = as_similarity(similarity)
         if isinstance(contrast, str) and contrast != "others":
             raise ValueError(f'contrast must be "others", embeddings or images, not {contrast!r}')
-        if is_on_disk(references) and not chosen.by_reference:
+        on_disk = is_on_disk(references)
+        if on_disk and not chosen.by_reference:
             raise ValueError(
                 "a memory-mapped gallery is scored in parts, which a function of your own may "
                 "not allow: choose a named similarity or a distance of pytorch-metric-learning"
             )
+        first = Gallery(references) if on_disk else tensors_of(references, "references")[0]
+        if labels is not None:
+            count = 0 if isinstance(first, Tensor) and first.dim() == 0 else len(first)
+            labels = tuple(listed(labels, count, "references"))
         rows: Tensor | Gallery
-        if is_on_disk(references):
-            rows = Gallery(references)
+        if isinstance(first, Gallery):
+            rows = first
         else:
-            rows = embed_once(encoder, references, "references", chunk_size)
+            rows = embed_once(encoder, references, "references", chunk_size, **self._reading)
         against: Tensor | GalleryMean | None = None
         if isinstance(contrast, str):
             if len(rows) < 2:
@@ -112,11 +138,14 @@ class SimilarityModel(nn.Module):
             if chosen.averages:
                 against = mean_of(chosen, rows.parts() if isinstance(rows, Gallery) else [rows])
         elif contrast is not None:
-            against = embed_contrast(encoder, contrast, chosen, chunk_size, width=rows.shape[1])
+            width = rows.shape[1]
+            against = embed_contrast(
+                encoder, contrast, chosen, chunk_size, width=width, **self._reading
+            )
         self.encoder = encoder
         self.similarity = chosen.name
         self._similarity = chosen
-        self.labels: tuple[Any, ...] | None = None
+        self.labels: tuple[Any, ...] | None = labels
         self._others = isinstance(contrast, str)
         if isinstance(rows, Gallery):
             self.references = rows
@@ -135,23 +164,27 @@ class SimilarityModel(nn.Module):
     def from_support(
         cls,
         encoder: nn.Module,
-        images: Tensor,
+        images: Tensor | Mapping[str, Any],
         labels: Sequence[Hashable] | Tensor,
         *,
         similarity: str | Similarity | Callable[..., Tensor] = "cosine",
-        contrast: Contrast = None,
+        contrast: Contrast | Mapping[str, Any] = None,
         chunk_size: int = 32,
+        output: Output = None,
+        forward_kwargs: Mapping[str, Any] | None = None,
     ) -> SimilarityModel:
         """Build a few-shot classifier: one reference a class, averaged over its supports.
 
         Args:
             encoder: Images ``[B, ...]`` -> embeddings ``[B, D]``.
-            images: Support images ``[S, C, H, W]``, or their embeddings ``[S, D]``.
+            images: Support images ``[S, C, H, W]``, a processor's output, or embeddings ``[S, D]``.
             labels: One label each; any hashable values. :attr:`labels` remembers them by row.
             similarity: As for the class; decides how supports are averaged
                 (:func:`~fam_plugins.prototypes`).
             contrast: As for the class.
             chunk_size: Images per forward pass.
+            output: As for the class.
+            forward_kwargs: As for the class.
 
         Raises:
             ValueError: If there are more or fewer labels than images, and as for the class.
@@ -165,18 +198,105 @@ class SimilarityModel(nn.Module):
         """
         as_similarity(similarity)
         check_module(encoder, "encoder")
-        given = as_tensor(images, "supports")
+        given = tensors_of(images, "supports")[0]
         names = listed(labels, len(given) if given.dim() else 0)
-        supports = embed_once(encoder, given, "supports", chunk_size)
-        model = cls(
+        reading: Any = {"output": output, "forward_kwargs": forward_kwargs}
+        supports = embed_once(encoder, images, "supports", chunk_size, **reading)
+        return cls(
             encoder,
             prototypes(supports, names, similarity),
             similarity=similarity,
             contrast=contrast,
             chunk_size=chunk_size,
+            labels=unique_labels(names),
+            **reading,
         )
-        model.labels = tuple(unique_labels(names))
-        return model
+
+    @classmethod
+    def from_text(
+        cls,
+        model: nn.Module,
+        tokenizer: Any,
+        captions: Sequence[str],
+        templates: str | Sequence[Template] | None = None,
+        *,
+        contrast: Contrast | Mapping[str, Any] = None,
+        chunk_size: int = 32,
+        output: Output = None,
+        forward_kwargs: Mapping[str, Any] | None = None,
+    ) -> SimilarityModel:
+        """Compare images with captions: one reference per caption, embedded once by the model.
+
+        A score is the cosine of image and caption, -1 to 1. The logit scale and bias of the model
+        (temperature; for SigLIP also a bias) are kept out of scores and maps: they are the same for
+        every caption and region, and only stretch and shift. ``contrast="others"`` asks "why this
+        caption, not the others".
+
+        Args:
+            model: One that embeds both: of open_clip, or CLIPModel, SiglipModel and their like of
+                transformers.
+            tokenizer: ``open_clip.get_tokenizer(name)``; for transformers its processor or
+                tokenizer. Longer texts than the model takes are cut, as it does itself.
+            captions: They become :attr:`labels`.
+            templates: Such as ``["a photo of a {}.", "a drawing of a {}."]``, strings or functions
+                of a caption: unit vectors of each caption's texts are averaged (CLIP, arXiv
+                2103.00020). By default the caption itself is the text.
+            contrast: As for the class.
+            chunk_size: Texts per forward pass, and images as for the class.
+            output: As for the class; it concerns images only.
+            forward_kwargs: As for ``output``.
+
+        Raises:
+            TypeError: If captions are no list of strings, or the tokenizer is none.
+            ValueError: If the model lacks one of both towers, there are no captions, or a template
+                has no ``{}``.
+
+        Example:
+            >>> import open_clip  # doctest: +SKIP
+            >>> clip = open_clip.create_model("ViT-B-32", "laion2b_s34b_b79k")  # doctest: +SKIP
+            >>> model = SimilarityModel.from_text(  # doctest: +SKIP
+            ...     clip, open_clip.get_tokenizer("ViT-B-32"), ["a cat", "a dog"], contrast="others"
+            ... )
+            >>> model.index("a dog")  # doctest: +SKIP
+            1
+        """
+        names, texts = filled(captions, templates)
+        call = text_call(model, tokenizer)
+        return cls(
+            model,
+            embed_captions(model, call, texts, chunk_size),
+            contrast=contrast,
+            chunk_size=chunk_size,
+            labels=names,
+            output=output,
+            forward_kwargs=forward_kwargs,
+        )
+
+    def index(self, label: Any) -> Any:
+        """The row of a label, or a list of rows of a list of labels.
+
+        Raises:
+            ValueError: If there are no labels, none like this (the message suggests the closest),
+                or several.
+
+        Example:
+            >>> import torch
+            >>> model = SimilarityModel(nn.Flatten(), torch.eye(2), labels=["cat", "dog"])
+            >>> model.index("dog"), model.index(["dog", "cat"])
+            (1, [1, 0])
+        """
+        if self.labels is None:
+            raise ValueError(
+                "the references have no labels: pass an int, or SimilarityModel(..., labels=[...])"
+            )
+        if isinstance(label, list):
+            return [self.index(one) for one in label]
+        rows = [row for row, known in enumerate(self.labels) if known == label]
+        if not rows:
+            raise ValueError(unknown_name("label", label, map(str, self.labels)))
+        if len(rows) > 1:
+            raise ValueError(f"label {label!r} is that of rows {rows}: pass the row that you mean")
+        return rows[0]
 
     @property
     def contrast(self) -> Contrast:
@@ -189,11 +309,13 @@ class SimilarityModel(nn.Module):
             return self.contrast_embeddings
         return GalleryMean(self.contrast_embeddings, self.contrast_terms, self.similarity)
 
-    def embed(self, images: Tensor) -> Tensor:
+    def embed(self, images: Tensor | Mapping[str, Any], *further: Any) -> Tensor:
         """Embed images ``[B, ...]`` -> ``[B, D]``, with gradient, in the current mode.
 
+        Images may be a processor's output. ``further`` are arguments of the encoder behind them.
+
         Raises:
-            TypeError: If the encoder returns no tensor.
+            TypeError: If the encoder returns neither a tensor nor an object with a field to take.
             ValueError: If the batch is empty, or the encoder returns no ``[B, D]``.
 
         Example:
@@ -201,7 +323,7 @@ class SimilarityModel(nn.Module):
             >>> SimilarityModel(nn.Flatten(), torch.eye(2)).embed(torch.ones(1, 2, 1)).shape
             torch.Size([1, 2])
         """
-        return embed(self.encoder, images)
+        return embed(self.encoder, images, *further, **self._reading)
 
     def score(self, embeddings: Tensor, rows: Tensor | None = None) -> Tensor:
         """Score embeddings ``[B, D]`` against the references, or against some rows of them.
@@ -252,9 +374,9 @@ class SimilarityModel(nn.Module):
             scores = self._score(embeddings, self.references)
         return subtract_others(scores) if self._others and self._against is None else scores
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor | Mapping[str, Any], *further: Any) -> Tensor:
         """Images ``[B, ...]`` -> scores ``[B, N]`` of ``N`` references; errors as :meth:`score`."""
-        return self.score(self.embed(images))
+        return self.score(self.embed(images, *further))
 
     def get_extra_state(self) -> Tensor:
         """What ``state_dict`` carries beside references: the meaning of the scores, in bytes."""
@@ -316,8 +438,9 @@ class ModelScores:
         # A subclass with a forward of its own may do anything with the scores.
         if isinstance(forward_func, SimilarityModel) and kind.forward is SimilarityModel.forward:
             self.model = forward_func
-            usual = kind.embed is SimilarityModel.embed
-            self.forward = partial(embed, forward_func.encoder) if usual else forward_func.embed
+            self.forward = forward_func.embed
+            if kind.embed is SimilarityModel.embed:
+                self.forward = partial(embed, forward_func.encoder, **forward_func._reading)
             if batch is not None:
                 # Before any work: what no output has is refused here.
                 rows = forward_func.references
@@ -325,7 +448,9 @@ class ModelScores:
                 device = "cpu" if like is None else like.device
                 # Autograd refuses to index with tensors of inference mode.
                 with torch.inference_mode(False):
-                    self._chosen = pick(torch.arange(len(rows), device=device).expand(batch, -1))
+                    numbers: Any = torch.arange(len(rows), device=device).expand(batch, -1)
+                    numbers.row_of = forward_func.index  # a target may be a label
+                    self._chosen = pick(numbers)
 
     def select(self, end: Any) -> Tensor:
         """The score ``[B]`` that was picked, from what :attr:`forward` returned."""

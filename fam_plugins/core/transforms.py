@@ -7,6 +7,7 @@ a layer needs is read from its shape and from what the model's own modules state
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,14 +16,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fam_plugins.core.encoders import image_call
 from fam_plugins.core.eval_mode import eval_mode
-from fam_plugins.core.layer_pass import LayerPass, fits_image
+from fam_plugins.core.layer_pass import LayerPass, find_layer, fits_image
 
 __all__ = [
     "Transform",
     "channels_last_to_map",
     "check_transform",
     "infer_transform",
+    "prefix_of",
     "tokens_to_map",
     "transform_for",
 ]
@@ -106,12 +109,13 @@ def channels_last_to_map(activation: Tensor) -> Tensor:
 def infer_transform(
     model: nn.Module, layer: nn.Module | str, example_input: Tensor
 ) -> Transform | None:
-    """Find the transform that a layer needs, for timm's and torchvision's ViT, Swin and others.
+    """Find the transform that a layer needs, for ViT, Swin and others.
 
     One forward pass in eval mode shows the layer's shape. Tokens need a model around the layer
-    that states its patch grid (timm's ``patch_embed`` and ``num_prefix_tokens``, torchvision's
-    ``patch_size`` and ``image_size``); four dimensions are told apart by the shape of the image,
-    and taken as ``[B, C, h, w]`` where both ends fit it. What fits nothing is refused.
+    that states its patch grid (timm's ``patch_embed`` and ``num_prefix_tokens``, torchvision's and
+    open_clip's ``patch_size`` and ``image_size``, transformers' ``config`` of both); four
+    dimensions are told apart by the shape of the image, and taken as ``[B, C, h, w]`` where both
+    ends fit it. What fits nothing is refused.
 
     The explainers of this package do the same without that pass: ``reshape_transform="auto"``,
     their default. This function serves the partners' own methods.
@@ -144,7 +148,7 @@ def infer_transform(
         raise TypeError(f"example_input is {given}, not a tensor of images: of one, image[None]")
     one = LayerPass(model, [layer], differentiate=False)
     with eval_mode(model):
-        one.run(lambda: model(example_input))
+        one.run(lambda: image_call(model)(example_input))
     (module,), (name,), (given,) = one.layers, one.names, one.tracked
     if len(given) != 1:
         raise TypeError(
@@ -181,7 +185,7 @@ def transform_for(
         return None
     size = tuple(images[2:])
     if len(given) == 3:
-        return _for_tokens(model, layer, name, given[1], size)
+        return _for_tokens(model, layer, name, given, images)
     first, last = fits_image(given[2:], size), fits_image(given[1:3], size)
     if first and not (last and type(layer) is nn.LayerNorm):
         return None
@@ -205,17 +209,70 @@ def _puts_channels_second(layer: nn.Module, given: Sequence[int]) -> bool:
 
 
 def _for_tokens(
-    model: object, layer: nn.Module, name: str, tokens: int, size: tuple[int, ...]
+    model: object, layer: nn.Module, name: str, given: Sequence[int], images: Sequence[int]
 ) -> tokens_to_map:
-    for owner in _around(model, layer):
-        for (h, w), prefix in _grids(owner, size):
-            for skip in (prefix, 0):
-                if tokens == skip + h * w:
-                    return tokens_to_map(h, w, skip=skip)
+    around, tokens, size = _around(model, layer), given[1], tuple(images[2:])
+    # open_clip before 2.26 runs its blocks on [T, B, C], and torch's own may.
+    if any(getattr(part, "batch_first", True) is False for part in around) and tokens == images[0]:
+        raise ValueError(
+            f"layer {name!r} gives tokens first, {tuple(given)}: {_suggest_grid(given[0], 1)}, as "
+            "reshape_transform=lambda x: tokens_to_map(...)(x.transpose(0, 1))"
+        )
+    front = sum(prefix_of(model, layer).values())
+    # Those that take images of another size only when told to.
+    strict = any("interpolate_pos_encoding" in _arguments(part) for part in around)
+    for owner in around:
+        fits = [
+            tokens_to_map(h, w, skip=skip)
+            for (h, w), prefix in _grids(owner, size, front)
+            for skip in dict.fromkeys((prefix, 0))
+            if tokens == skip + h * w
+        ]
+        if strict and len({(fit.h, fit.w) for fit in fits}) > 1:
+            raise ValueError(
+                f"layer {name!r} gives {tokens} tokens, as many for these images as for those that "
+                f"the model is made for: pass {fits[0]} if it interpolates its position encoding, "
+                f"and {fits[-1]} if the images are resized on their way"
+            )
+        if fits:
+            return fits[0]
     raise ValueError(
         f"layer {name!r} gives {tokens} tokens, and no module around it states their grid: "
         f"{_suggest_grid(tokens, 1)}; reshape_transform=None takes [B, C, regions] as it is"
     )
+
+
+_PREFIX = {
+    "class token": {"cls_token", "class_token", "class_embedding"},
+    "distillation token": {"dist_token", "distillation_token"},
+    "registers": {"reg_token", "register_tokens"},
+}
+
+
+def prefix_of(model: object, layer: nn.Module | str, skip: int | None = None) -> dict[str, int]:
+    """What the tokens in front of the patches are, in their order, and how many of each kind.
+
+    Read from the parameters of the modules around the layer. A layer may be in front of where they
+    are added; with ``skip``, the number of tokens that a transform leaves out there, other counts
+    become one of ``"prefix"``.
+
+    Example:
+        >>> from torchvision.models import VisionTransformer
+        >>> vit = VisionTransformer(32, 8, num_layers=1, num_heads=2, hidden_dim=16, mlp_dim=16)
+        >>> prefix_of(vit, "encoder"), prefix_of(vit, "encoder", skip=0)
+        ({'class token': 1}, {})
+    """
+    found: dict[str, int] = {}
+    for owner in _around(model, find_layer(model, layer)[0]):
+        own = {name.rpartition(".")[2]: p for name, p in owner.named_parameters()}
+        for kind, names in _PREFIX.items():
+            count = sum(p[..., 0].numel() for name, p in own.items() if name in names)
+            found |= {kind: count} if count else {}
+        if found:
+            break
+    if skip is None or skip == sum(found.values()):
+        return found
+    return {"prefix": skip} if skip else {}
 
 
 def _around(model: object, layer: nn.Module) -> list[nn.Module]:
@@ -227,7 +284,9 @@ def _around(model: object, layer: nn.Module) -> list[nn.Module]:
     return [m for m in root.modules() if any(part is layer for part in m.modules())][::-1]
 
 
-def _grids(owner: nn.Module, size: tuple[int, ...]) -> Iterator[tuple[tuple[int, int], int]]:
+def _grids(
+    owner: nn.Module, size: tuple[int, ...], front: int
+) -> Iterator[tuple[tuple[int, int], int]]:
     """The patch grids that a module states, the surest first, and its tokens in front of them."""
     embed = getattr(owner, "patch_embed", None)
     if embed is not None:  # timm
@@ -244,11 +303,24 @@ def _grids(owner: nn.Module, size: tuple[int, ...]) -> Iterator[tuple[tuple[int,
             if grid is not None:
                 yield grid, prefix if isinstance(prefix, int) else 0
         return
-    patch, image = _pair(getattr(owner, "patch_size", None)), getattr(owner, "image_size", None)
-    image = _pair(image)
-    if patch is not None and image is not None:  # torchvision
-        token = isinstance(getattr(owner, "class_token", None), Tensor)
-        yield (image[0] // patch[0], image[1] // patch[1]), int(token)
+    config = getattr(owner, "config", None)
+    for stated in (owner, config):
+        patch, image = (_pair(getattr(stated, n, None)) for n in ("patch_size", "image_size"))
+        # torchvision and open_clip take images of one size, transformers others too.
+        for given in (size, image) if stated is config and config is not None else (image,):
+            if patch is None or image is None or given is None:
+                continue
+            yield (given[0] // patch[0], given[1] // patch[1]), front
+            for stage in range(len(getattr(config, "depths", ()))):  # Swin: halved, and padded
+                h, w = (-(-side // (by << stage)) for side, by in zip(given, patch, strict=True))
+                yield (h, w), 0
+
+
+def _arguments(module: nn.Module) -> Sequence[str]:
+    try:
+        return list(inspect.signature(module.forward).parameters)
+    except (TypeError, ValueError):  # of a compiled function
+        return ()
 
 
 def _described(given: Any) -> Any:

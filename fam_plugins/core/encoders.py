@@ -1,0 +1,96 @@
+"""Encoders as their libraries make them: which call embeds images, and what is picked out of it.
+
+A model is used, not wrapped, so that its layers keep their names. What it is is told by its methods
+and by what it returns: neither transformers nor open_clip is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+__all__ = ["Output", "image_call", "pick_embeddings", "pixels_of"]
+
+Output = str | Callable[[Any], Tensor] | None
+
+
+def image_call(encoder: Any) -> Any:
+    """What embeds images: the model itself, or the image tower of one that also embeds texts.
+
+    Raises:
+        ValueError: If the model takes texts only.
+    """
+    if hasattr(encoder, "encode_image") and hasattr(encoder, "encode_text"):  # open_clip
+        return encoder.encode_image
+    if hasattr(encoder, "get_image_features"):  # transformers
+        return encoder.get_image_features
+    takes = getattr(encoder, "main_input_name", "pixel_values")
+    if isinstance(getattr(encoder, "token_embedding", None), nn.Embedding):
+        takes = "tokens of a text"
+    if takes != "pixel_values" or hasattr(encoder, "encode_text"):
+        raise ValueError(
+            f"{type(encoder).__name__} takes {takes} and has no image tower: pass the whole model "
+            "(such as CLIPModel) or its image tower (CLIPVisionModelWithProjection)"
+        )
+    return encoder
+
+
+def pick_embeddings(output: Any, field: Output = None) -> Any:
+    """The embeddings in what an encoder returned: a tensor, or a field of an output object.
+
+    The field is the one that is named, or what a callable picks; otherwise ``image_embeds`` or
+    ``text_embeds``, else ``pooler_output``, of which maps ``[B, D, 1, 1]`` are flattened.
+
+    Raises:
+        TypeError: If there is no such field; the message lists those that there are.
+    """
+    if callable(field):
+        return field(output)
+    if field is None and isinstance(output, Tensor):
+        return output
+    for name in (field,) if field else ("image_embeds", "text_embeds", "pooler_output"):
+        found = _field(output, name)
+        if isinstance(found, Tensor):
+            return found.flatten(1) if found.dim() == 4 and found.shape[2:] == (1, 1) else found
+    known = ", ".join(_fields(output))
+    raise TypeError(
+        f"the encoder returns a {type(output).__name__}{f' of {known}' if known else ''}, "
+        f"{f'which has no tensor {field!r}' if field else 'not a tensor'}: name a field, "
+        'SimilarityModel(..., output="name"), pick with output=lambda out: '
+        "out.last_hidden_state[:, 0] (the class token), or wrap it in a module whose forward "
+        "picks the embeddings [B, D] out of it"
+    )
+
+
+def pixels_of(given: Mapping[str, Any], what: str = "images") -> tuple[Tensor, ...]:
+    """The tensors in an image processor's output that a model takes, its pixels first."""
+    if "pixel_values" not in given:
+        raise TypeError(
+            f"{what} must be a tensor or an array, or a processor's output with pixel_values, and "
+            f"these have {', '.join(map(str, given)) or 'nothing'}: call the processor with images"
+        )
+    # The latter two are of SigLIP 2 for images of any shape (NaFlex).
+    names = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
+    found = tuple(given[name] for name in names if name in given)
+    if not all(isinstance(tensor, Tensor) for tensor in found):
+        kind = type(found[0]).__name__
+        fix = 'call the processor with return_tensors="pt"'
+        raise TypeError(f"{what} hold a {kind} as pixels, not a tensor: {fix}")
+    return found
+
+
+def _field(output: Any, name: str) -> Any:
+    if isinstance(output, Mapping):
+        return output.get(name)
+    return None if isinstance(output, Tensor) else getattr(output, name, None)
+
+
+def _fields(output: Any) -> list[str]:
+    """The names of what an output object holds; none of a tensor or a plain tuple."""
+    names: Any = output if isinstance(output, Mapping) else getattr(output, "_fields", ())
+    if is_dataclass(output) and not isinstance(output, Mapping):
+        names = [f.name for f in fields(output) if getattr(output, f.name) is not None]
+    return [str(name) for name in names]
