@@ -212,8 +212,9 @@ def _for_tokens(
     model: object, layer: nn.Module, name: str, given: Sequence[int], images: Sequence[int]
 ) -> tokens_to_map:
     around, tokens, size = _around(model, layer), given[1], tuple(images[2:])
-    # open_clip before 2.26 runs its blocks on [T, B, C], and torch's own may.
-    if any(getattr(part, "batch_first", True) is False for part in around) and tokens == images[0]:
+    # open_clip before 2.26 runs its blocks on [T, B, C]; B may happen to be T.
+    flags = (getattr(part, "batch_first", True) for part in (*around, *layer.modules()))
+    if tokens == images[0] and (given[0] != images[0] or not all(flags)):
         raise ValueError(
             f"layer {name!r} gives tokens first, {tuple(given)}: {_suggest_grid(given[0], 1)}, as "
             "reshape_transform=lambda x: tokens_to_map(...)(x.transpose(0, 1))"
@@ -221,14 +222,17 @@ def _for_tokens(
     front = sum(prefix_of(model, layer).values())
     # Those that take images of another size only when told to.
     strict = any("interpolate_pos_encoding" in _arguments(part) for part in around)
+    # Models of transformers take images of any size, those of torchvision and open_clip of one.
+    sizes = [size] if any(hasattr(part, "config") for part in around) else []
     for owner in around:
         fits = [
             tokens_to_map(h, w, skip=skip)
-            for (h, w), prefix in _grids(owner, size, front)
+            for (h, w), prefix in _grids(owner, size, sizes, front)
             for skip in dict.fromkeys((prefix, 0))
             if tokens == skip + h * w
         ]
-        if strict and len({(fit.h, fit.w) for fit in fits}) > 1:
+        fits = [fit for fit in fits if fit.skip == fits[0].skip]
+        if strict and len(set(fits)) > 1:
             raise ValueError(
                 f"layer {name!r} gives {tokens} tokens, as many for these images as for those that "
                 f"the model is made for: pass {fits[0]} if it interpolates its position encoding, "
@@ -285,7 +289,7 @@ def _around(model: object, layer: nn.Module) -> list[nn.Module]:
 
 
 def _grids(
-    owner: nn.Module, size: tuple[int, ...], front: int
+    owner: nn.Module, size: tuple[int, ...], sizes: list[tuple[int, ...]], front: int
 ) -> Iterator[tuple[tuple[int, int], int]]:
     """The patch grids that a module states, the surest first, and its tokens in front of them."""
     embed = getattr(owner, "patch_embed", None)
@@ -306,8 +310,7 @@ def _grids(
     config = getattr(owner, "config", None)
     for stated in (owner, config):
         patch, image = (_pair(getattr(stated, n, None)) for n in ("patch_size", "image_size"))
-        # torchvision and open_clip take images of one size, transformers others too.
-        for given in (size, image) if stated is config and config is not None else (image,):
+        for given in (*sizes, image):
             if patch is None or image is None or given is None:
                 continue
             yield (given[0] // patch[0], given[1] // patch[1]), front
