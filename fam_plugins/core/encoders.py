@@ -7,7 +7,6 @@ and by what it returns: neither transformers nor open_clip is imported.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import fields, is_dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,22 +17,17 @@ Output = str | Callable[[Any], Tensor] | None
 
 
 def image_call(encoder: Any) -> Any:
-    """What embeds images: the model itself, or the image tower of one that also embeds texts.
-
-    Raises:
-        ValueError: If the model takes texts only.
-    """
+    """What embeds images: a module itself, or the image tower of one that also embeds texts."""
     if hasattr(encoder, "encode_image") and hasattr(encoder, "encode_text"):  # open_clip
         return encoder.encode_image
     if hasattr(encoder, "get_image_features"):  # transformers
         return encoder.get_image_features
     takes = getattr(encoder, "main_input_name", "pixel_values")
-    if isinstance(getattr(encoder, "token_embedding", None), nn.Embedding):
-        takes = "tokens of a text"
-    if takes != "pixel_values" or hasattr(encoder, "encode_text"):
+    texts = isinstance(getattr(encoder, "token_embedding", None), nn.Embedding)
+    if texts or takes != "pixel_values" or hasattr(encoder, "encode_text"):
         raise ValueError(
-            f"{type(encoder).__name__} takes {takes} and has no image tower: pass the whole model "
-            "(such as CLIPModel) or its image tower (CLIPVisionModelWithProjection)"
+            f"{type(encoder).__name__} has no image tower: pass the whole model (CLIPModel) "
+            "or its image tower (CLIPVisionModelWithProjection)"
         )
     return encoder
 
@@ -43,21 +37,19 @@ def pick_embeddings(output: Any, field: Output = None) -> Any:
 
     The field is the one that is named, or what a callable picks; otherwise ``image_embeds`` or
     ``text_embeds``, else ``pooler_output``, of which maps ``[B, D, 1, 1]`` are flattened.
-
-    Raises:
-        TypeError: If there is no such field; the message lists those that there are.
     """
-    if callable(field):
-        return field(output)
-    if field is None and isinstance(output, Tensor):
-        return output
+    if callable(field) or (field is None and isinstance(output, Tensor)):
+        return field(output) if callable(field) else output
+    # Objects of transformers are mappings of what they hold, others have attributes.
+    known = output if isinstance(output, Mapping) else dict(getattr(output, "__dict__", {}))
+    known = getattr(output, "_asdict", lambda: known)()
     for name in (field,) if field else ("image_embeds", "text_embeds", "pooler_output"):
-        found = _field(output, name)
+        found = known.get(name)
         if isinstance(found, Tensor):
             return found.flatten(1) if found.dim() == 4 and found.shape[2:] == (1, 1) else found
-    known = ", ".join(_fields(output))
+    listed = ", ".join(str(name) for name, value in known.items() if value is not None)
     raise TypeError(
-        f"the encoder returns a {type(output).__name__}{f' of {known}' if known else ''}, "
+        f"the encoder returns a {type(output).__name__}{listed and f' of {listed}'}, "
         f"{f'which has no tensor {field!r}' if field else 'not a tensor'}: name a field, "
         'SimilarityModel(..., output="name"), pick with output=lambda out: '
         "out.last_hidden_state[:, 0] (the class token), or wrap it in a module whose forward "
@@ -76,21 +68,6 @@ def pixels_of(given: Mapping[str, Any], what: str = "images") -> tuple[Tensor, .
     names = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
     found = tuple(given[name] for name in names if name in given)
     if not all(isinstance(tensor, Tensor) for tensor in found):
-        kind = type(found[0]).__name__
         fix = 'call the processor with return_tensors="pt"'
-        raise TypeError(f"{what} hold a {kind} as pixels, not a tensor: {fix}")
+        raise TypeError(f"{what} hold a {type(found[0]).__name__} as pixels, not a tensor: {fix}")
     return found
-
-
-def _field(output: Any, name: str) -> Any:
-    if isinstance(output, Mapping):
-        return output.get(name)
-    return None if isinstance(output, Tensor) else getattr(output, name, None)
-
-
-def _fields(output: Any) -> list[str]:
-    """The names of what an output object holds; none of a tensor or a plain tuple."""
-    names: Any = output if isinstance(output, Mapping) else getattr(output, "_fields", ())
-    if is_dataclass(output) and not isinstance(output, Mapping):
-        names = [f.name for f in fields(output) if getattr(output, f.name) is not None]
-    return [str(name) for name in names]

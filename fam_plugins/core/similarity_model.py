@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fam_plugins.core.captions import Template, embed_captions, filled, text_call
+from fam_plugins.core.captions import Template, embed_captions
 from fam_plugins.core.contrast import Contrast, GalleryMean, mean_of
 from fam_plugins.core.encoders import Output, image_call
 from fam_plugins.core.eval_mode import check_module
@@ -170,8 +170,7 @@ class SimilarityModel(nn.Module):
         similarity: str | Similarity | Callable[..., Tensor] = "cosine",
         contrast: Contrast | Mapping[str, Any] = None,
         chunk_size: int = 32,
-        output: Output = None,
-        forward_kwargs: Mapping[str, Any] | None = None,
+        **reading: Any,
     ) -> SimilarityModel:
         """Build a few-shot classifier: one reference a class, averaged over its supports.
 
@@ -183,8 +182,7 @@ class SimilarityModel(nn.Module):
                 (:func:`~fam_plugins.prototypes`).
             contrast: As for the class.
             chunk_size: Images per forward pass.
-            output: As for the class.
-            forward_kwargs: As for the class.
+            **reading: ``output`` and ``forward_kwargs``, as for the class.
 
         Raises:
             ValueError: If there are more or fewer labels than images, and as for the class.
@@ -200,7 +198,6 @@ class SimilarityModel(nn.Module):
         check_module(encoder, "encoder")
         given = tensors_of(images, "supports")[0]
         names = listed(labels, len(given) if given.dim() else 0)
-        reading: Any = {"output": output, "forward_kwargs": forward_kwargs}
         supports = embed_once(encoder, images, "supports", chunk_size, **reading)
         return cls(
             encoder,
@@ -220,77 +217,58 @@ class SimilarityModel(nn.Module):
         captions: Sequence[str],
         templates: str | Sequence[Template] | None = None,
         *,
-        contrast: Contrast | Mapping[str, Any] = None,
         chunk_size: int = 32,
-        output: Output = None,
-        forward_kwargs: Mapping[str, Any] | None = None,
+        **options: Any,
     ) -> SimilarityModel:
         """Compare images with captions: one reference per caption, embedded once by the model.
 
-        A score is the cosine of image and caption, -1 to 1. The logit scale and bias of the model
-        (temperature; for SigLIP also a bias) are kept out of scores and maps: they are the same for
-        every caption and region, and only stretch and shift. ``contrast="others"`` asks "why this
-        caption, not the others".
+        A score is the cosine of image and caption. The model's own logit scale and bias are kept
+        out of scores and maps: they are the same for every caption and region.
+        ``contrast="others"`` asks "why this caption, not the others".
 
         Args:
-            model: One that embeds both: of open_clip, or CLIPModel, SiglipModel and their like of
-                transformers.
-            tokenizer: ``open_clip.get_tokenizer(name)``; for transformers its processor or
-                tokenizer. Longer texts than the model takes are cut, as it does itself.
+            model: One that embeds both: of open_clip, or transformers' CLIPModel, SiglipModel and
+                their like.
+            tokenizer: ``open_clip.get_tokenizer(name)``, or transformers' processor or tokenizer.
+                Longer texts than the model takes are cut.
             captions: They become :attr:`labels`.
-            templates: Such as ``["a photo of a {}.", "a drawing of a {}."]``, strings or functions
-                of a caption: unit vectors of each caption's texts are averaged (CLIP, arXiv
-                2103.00020). By default the caption itself is the text.
-            contrast: As for the class.
-            chunk_size: Texts per forward pass, and images as for the class.
-            output: As for the class; it concerns images only.
-            forward_kwargs: As for ``output``.
+            templates: Strings such as ``"a photo of a {}."``, or functions of a caption, whose
+                texts' unit vectors are averaged (CLIP, arXiv 2103.00020). By default the caption is
+                the text.
+            chunk_size: Texts per forward pass.
+            **options: As for the class, such as ``contrast``.
 
         Raises:
             TypeError: If captions are no list of strings, or the tokenizer is none.
-            ValueError: If the model lacks one of both towers, there are no captions, or a template
-                has no ``{}``.
+            ValueError: If the model lacks a tower, a caption is empty, or a template has no ``{}``.
 
         Example:
-            >>> import open_clip  # doctest: +SKIP
             >>> clip = open_clip.create_model("ViT-B-32", "laion2b_s34b_b79k")  # doctest: +SKIP
+            >>> tokenizer = open_clip.get_tokenizer("ViT-B-32")  # doctest: +SKIP
             >>> model = SimilarityModel.from_text(  # doctest: +SKIP
-            ...     clip, open_clip.get_tokenizer("ViT-B-32"), ["a cat", "a dog"], contrast="others"
+            ...     clip, tokenizer, ["a cat", "a dog"], "a photo of {}.", contrast="others"
             ... )
-            >>> model.index("a dog")  # doctest: +SKIP
-            1
         """
-        names, texts = filled(captions, templates)
-        call = text_call(model, tokenizer)
-        return cls(
-            model,
-            embed_captions(model, call, texts, chunk_size),
-            contrast=contrast,
-            chunk_size=chunk_size,
-            labels=names,
-            output=output,
-            forward_kwargs=forward_kwargs,
-        )
+        rows = embed_captions(model, tokenizer, captions, templates, chunk_size)
+        return cls(model, rows, labels=captions, chunk_size=chunk_size, **options)
 
     def index(self, label: Any) -> Any:
-        """The row of a label, or a list of rows of a list of labels.
+        """The row of a label; of a list of labels, a list of rows.
 
         Raises:
-            ValueError: If there are no labels, none like this (the message suggests the closest),
-                or several.
+            ValueError: If no row has this label (the message names the closest), or several have.
 
         Example:
             >>> import torch
-            >>> model = SimilarityModel(nn.Flatten(), torch.eye(2), labels=["cat", "dog"])
-            >>> model.index("dog"), model.index(["dog", "cat"])
-            (1, [1, 0])
+            >>> SimilarityModel(nn.Flatten(), torch.eye(2), labels=["cat", "dog"]).index("dog")
+            1
         """
+        if isinstance(label, list):
+            return [self.index(one) for one in label]
         if self.labels is None:
             raise ValueError(
                 "the references have no labels: pass an int, or SimilarityModel(..., labels=[...])"
             )
-        if isinstance(label, list):
-            return [self.index(one) for one in label]
         rows = [row for row, known in enumerate(self.labels) if known == label]
         if not rows:
             raise ValueError(unknown_name("label", label, map(str, self.labels)))

@@ -389,7 +389,7 @@ def test_a_model_of_texts_has_no_image_tower_and_is_refused_before_any_work():
         with pytest.raises(ValueError, match="has no image tower: pass the whole model"):
             SimilarityModel(net, rows)
     lib = pytest.importorskip("open_clip", reason="this is a model of open_clip")
-    with pytest.raises(ValueError, match="takes tokens of a text and has no image tower"):
+    with pytest.raises(ValueError, match="TextTransformer has no image tower"):
         SimilarityModel(lib.transformer.TextTransformer(width=16, heads=2, layers=1), rows)
 
 
