@@ -25,9 +25,8 @@ TensorOrTensors = Tensor | tuple[Tensor, ...]
 def select_scores(output: Any, target: Any) -> Tensor:
     """One score per image ``[B]`` of an output ``[B, ...]``, with Captum's targets and errors.
 
-    A model that returns one number for the whole batch keeps it. Where the output knows the row of
-    a label, as that of a labelled :class:`~fam_plugins.SimilarityModel`, a target may be a label or
-    a list of one per image.
+    A model that returns one number for the whole batch keeps it. Targets of a labelled
+    :class:`~fam_plugins.SimilarityModel` may be labels.
     """
     if not isinstance(output, Tensor):
         raise TypeError(
@@ -57,15 +56,12 @@ def _row_of(output: Any, target: Any) -> Any:
     named = target if isinstance(target, (list, tuple)) else [target]
     if not named or not all(isinstance(label, str) for label in named):
         return target
-    if not hasattr(output, "row_of"):
-        raise AssertionError(
-            f"target {target!r} is a label, and this model has none: pass an int, or explain a "
-            "SimilarityModel(..., labels=[...]) itself"
-        )
     try:
         return output.row_of(target if isinstance(target, str) else list(target))
-    except ValueError as error:
-        raise AssertionError(f"target: {error}") from error
+    except (AttributeError, ValueError) as error:
+        none = "pass an int, or explain a SimilarityModel(..., labels=[...]) itself"
+        why = error if isinstance(error, ValueError) else none
+        raise AssertionError(f"target {target!r} is a {type(target).__name__}: {why}") from error
 
 
 def _plain(target: Any) -> Any:

@@ -1,7 +1,6 @@
 """Encoders as their libraries make them: which call embeds images, and what is picked out of it.
 
-A model is used, not wrapped, so that its layers keep their names. What it is is told by its methods
-and by what it returns: neither transformers nor open_clip is imported.
+A model is told by its methods and by what it returns, and not wrapped: layers keep their names.
 """
 
 from __future__ import annotations
@@ -35,8 +34,8 @@ def image_call(encoder: Any) -> Any:
 def pick_embeddings(output: Any, field: Output = None) -> Any:
     """The embeddings in what an encoder returned: a tensor, or a field of an output object.
 
-    The field is the one that is named, or what a callable picks; otherwise ``image_embeds`` or
-    ``text_embeds``, else ``pooler_output``, of which maps ``[B, D, 1, 1]`` are flattened.
+    By default ``image_embeds`` or ``text_embeds``, else ``pooler_output``; ``[B, D, 1, 1]`` is
+    flattened.
     """
     if callable(field) or (field is None and isinstance(output, Tensor)):
         return field(output) if callable(field) else output
@@ -51,9 +50,8 @@ def pick_embeddings(output: Any, field: Output = None) -> Any:
     raise TypeError(
         f"the encoder returns a {type(output).__name__}{listed and f' of {listed}'}, "
         f"{f'which has no tensor {field!r}' if field else 'not a tensor'}: name a field, "
-        'SimilarityModel(..., output="name"), pick with output=lambda out: '
-        "out.last_hidden_state[:, 0] (the class token), or wrap it in a module whose forward "
-        "picks the embeddings [B, D] out of it"
+        'SimilarityModel(..., output="name"), or for the class token output=lambda out: '
+        "out.last_hidden_state[:, 0], or wrap it in a module that picks the embeddings [B, D]"
     )
 
 

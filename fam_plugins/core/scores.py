@@ -187,11 +187,7 @@ def embed(
     output: Output = None,
     forward_kwargs: Mapping[str, Any] | None = None,
 ) -> Tensor:
-    """Run an encoder and make sure that what it returns are embeddings ``[B, D]``.
-
-    ``further`` are positional arguments behind the images; ``output`` and ``forward_kwargs`` are as
-    for :class:`~fam_plugins.SimilarityModel`.
-    """
+    """Run an encoder and make sure that what it returns are embeddings ``[B, D]``."""
     if isinstance(images, Mapping):
         images, *further = pixels_of(images)  # type: ignore[assignment]
     if isinstance(images, Tensor) and images.dim() > 0 and images.shape[0] == 0:
@@ -206,8 +202,7 @@ def embed(
         ) from error
     embeddings = pick_embeddings(given, output)
     if not isinstance(embeddings, Tensor):
-        kind = type(embeddings).__name__
-        raise TypeError(f"output= picks a {kind}, not a tensor: pick the embeddings [B, D]")
+        raise TypeError(f"output= picks a {type(embeddings).__name__}, not a tensor [B, D]")
     if embeddings.dim() != 2:
         raise ValueError(
             f"the encoder returns shape {tuple(embeddings.shape)}, not embeddings [B, D]: append "

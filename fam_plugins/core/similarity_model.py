@@ -41,14 +41,14 @@ class SimilarityModel(nn.Module):
     ``copy.deepcopy`` carry them.
 
     Args:
-        encoder: Images ``[B, ...]`` -> embeddings ``[B, D]``: any such module, a model of timm or
-            torchvision, one of transformers (a vision model, or the image tower of a dual one such
-            as CLIPModel) or of open_clip. It is used, not copied, and its layers keep their names.
-        references: Embeddings ``[N, D]``, or images ``[N, C, H, W]``, which are embedded once, in
-            eval mode, without gradient; images may come as an image processor's output, a mapping
-            with ``pixel_values``. A memory-mapped array (``np.load(..., mmap_mode="r")``)
-            of any size stays on disk: scoring reads it in parts, explaining chosen references
-            reads only their rows, and ``state_dict`` does not carry it.
+        encoder: Images ``[B, ...]`` -> embeddings ``[B, D]``: any such module, or a model of
+            transformers or open_clip as it is, of which the image tower is called. It is used, not
+            copied, and its layers keep their names.
+        references: Embeddings ``[N, D]``, or images ``[N, C, H, W]`` or an image processor's output
+            (``pixel_values``), which are embedded once, in eval mode, without gradient. A
+            memory-mapped array (``np.load(..., mmap_mode="r")``) of any size stays on disk: scoring
+            reads it in parts, explaining chosen references reads only their rows, and
+            ``state_dict`` does not carry it.
         similarity: ``"cosine"``, ``"dot"``, ``"euclidean"`` (negative squared distance), a distance
             of pytorch-metric-learning, or a function ``f(embeddings, references) -> [B, N]`` of
             your own. A function is explained through its true gradient: its maps are first-order
@@ -60,10 +60,10 @@ class SimilarityModel(nn.Module):
             whose mean no single row gives.
         chunk_size: Images per forward pass when references or contrast are images.
         labels: A name for each reference: any hashable values.
-        output: Where the embedding is in what the encoder returns: the name of a field, or a
-            callable that picks it. By default ``image_embeds``, else ``pooler_output``. A
-            ``ViTModel`` whose checkpoint has no pooler (transformers says so while loading) starts
-            it at random: there take the class token, ``lambda out: out.last_hidden_state[:, 0]``.
+        output: The field of what the encoder returns that is the embedding, or a callable that
+            picks it; by default ``image_embeds``, else ``pooler_output``. A ``ViTModel`` whose
+            checkpoint has no pooler makes up a random one and says so while loading: there pick
+            the class token, ``lambda out: out.last_hidden_state[:, 0]``.
         forward_kwargs: Further arguments of the encoder's call, such as
             ``{"interpolate_pos_encoding": True}`` for images of another size.
 
@@ -76,11 +76,11 @@ class SimilarityModel(nn.Module):
         labels: The label of each row, or ``None``; :meth:`index` finds the row of a label.
 
     Raises:
-        TypeError: If the encoder is no module or returns neither a tensor nor an object with a
-            field to take, references are no tensor, or a processor's output is without pixels.
-        ValueError: On an unknown similarity, an encoder of texts only, references that are empty,
-            one-dimensional, not finite or of another width than the contrast, or another number of
-            labels.
+        TypeError: If the encoder is no module or returns nothing to pick the embedding from, or
+            references are no tensor, or a processor's output without pixels.
+        ValueError: On an unknown similarity, an encoder of texts only, another number of labels, or
+            references that are empty, one-dimensional, not finite or of another width than the
+            contrast.
 
     Example:
         >>> import torch
@@ -119,14 +119,10 @@ class SimilarityModel(nn.Module):
                 "a memory-mapped gallery is scored in parts, which a function of your own may "
                 "not allow: choose a named similarity or a distance of pytorch-metric-learning"
             )
-        first = Gallery(references) if on_disk else tensors_of(references, "references")[0]
+        rows: Any = Gallery(references) if on_disk else tensors_of(references, "references")[0]
         if labels is not None:
-            count = 0 if isinstance(first, Tensor) and first.dim() == 0 else len(first)
-            labels = tuple(listed(labels, count, "references"))
-        rows: Tensor | Gallery
-        if isinstance(first, Gallery):
-            rows = first
-        else:
+            labels = tuple(listed(labels, rows.shape[0] if rows.shape else 0, "references"))
+        if not on_disk:
             rows = embed_once(encoder, references, "references", chunk_size, **self._reading)
         against: Tensor | GalleryMean | None = None
         if isinstance(contrast, str):
@@ -138,10 +134,8 @@ class SimilarityModel(nn.Module):
             if chosen.averages:
                 against = mean_of(chosen, rows.parts() if isinstance(rows, Gallery) else [rows])
         elif contrast is not None:
-            width = rows.shape[1]
-            against = embed_contrast(
-                encoder, contrast, chosen, chunk_size, width=width, **self._reading
-            )
+            reading = {"width": rows.shape[1], **self._reading}
+            against = embed_contrast(encoder, contrast, chosen, chunk_size, **reading)
         self.encoder = encoder
         self.similarity = chosen.name
         self._similarity = chosen
@@ -222,19 +216,17 @@ class SimilarityModel(nn.Module):
     ) -> SimilarityModel:
         """Compare images with captions: one reference per caption, embedded once by the model.
 
-        A score is the cosine of image and caption. The model's own logit scale and bias are kept
-        out of scores and maps: they are the same for every caption and region.
-        ``contrast="others"`` asks "why this caption, not the others".
+        A score is the cosine of image and caption; the model's own logit scale and bias, the same
+        for every caption and region, are kept out of scores and maps. ``contrast="others"`` asks
+        "why this caption, not the others".
 
         Args:
-            model: One that embeds both: of open_clip, or transformers' CLIPModel, SiglipModel and
-                their like.
+            model: Of open_clip, or transformers' CLIPModel, SiglipModel and their like.
             tokenizer: ``open_clip.get_tokenizer(name)``, or transformers' processor or tokenizer.
                 Longer texts than the model takes are cut.
             captions: They become :attr:`labels`.
-            templates: Strings such as ``"a photo of a {}."``, or functions of a caption, whose
-                texts' unit vectors are averaged (CLIP, arXiv 2103.00020). By default the caption is
-                the text.
+            templates: Such as ``"a photo of a {}."``, or functions of a caption: their texts' unit
+                vectors are averaged (CLIP, arXiv 2103.00020). By default the caption is the text.
             chunk_size: Texts per forward pass.
             **options: As for the class, such as ``contrast``.
 
@@ -266,9 +258,7 @@ class SimilarityModel(nn.Module):
         if isinstance(label, list):
             return [self.index(one) for one in label]
         if self.labels is None:
-            raise ValueError(
-                "the references have no labels: pass an int, or SimilarityModel(..., labels=[...])"
-            )
+            raise ValueError("pass an int: the references have no labels; labels=[...] gives them")
         rows = [row for row, known in enumerate(self.labels) if known == label]
         if not rows:
             raise ValueError(unknown_name("label", label, map(str, self.labels)))

@@ -216,8 +216,8 @@ def _for_tokens(
     flags = (getattr(part, "batch_first", True) for part in (*around, *layer.modules()))
     if tokens == images[0] and (given[0] != images[0] or not all(flags)):
         raise ValueError(
-            f"layer {name!r} gives tokens first, {tuple(given)}: {_suggest_grid(given[0], 1)}, as "
-            "reshape_transform=lambda x: tokens_to_map(...)(x.transpose(0, 1))"
+            f"layer {name!r} gives tokens first, {tuple(given)}: {_suggest_grid(given[0], 1)} "
+            "behind a transpose, lambda x: tokens_to_map(...)(x.transpose(0, 1))"
         )
     front = sum(prefix_of(model, layer).values())
     # Those that take images of another size only when told to.
@@ -234,9 +234,8 @@ def _for_tokens(
         fits = [fit for fit in fits if fit.skip == fits[0].skip]
         if strict and len(set(fits)) > 1:
             raise ValueError(
-                f"layer {name!r} gives {tokens} tokens, as many for these images as for those that "
-                f"the model is made for: pass {fits[0]} if it interpolates its position encoding, "
-                f"and {fits[-1]} if the images are resized on their way"
+                f"layer {name!r} gives as many tokens as for the images the model is made for: "
+                f"pass {fits[0]} if it interpolates its positions, {fits[-1]} if images are resized"
             )
         if fits:
             return fits[0]
@@ -247,36 +246,32 @@ def _for_tokens(
 
 
 _PREFIX = {
-    "class token": {"cls_token", "class_token", "class_embedding"},
-    "distillation token": {"dist_token", "distillation_token"},
-    "registers": {"reg_token", "register_tokens"},
+    "class token": ("cls_token", "class_token", "class_embedding"),
+    "distillation token": ("dist_token", "distillation_token"),
+    "registers": ("reg_token", "register_tokens"),
 }
 
 
-def prefix_of(model: object, layer: nn.Module | str, skip: int | None = None) -> dict[str, int]:
-    """What the tokens in front of the patches are, in their order, and how many of each kind.
+def prefix_of(model: object, layer: nn.Module | str) -> dict[str, int]:
+    """How many tokens of each kind stand in front of the patches, in their order.
 
-    Read from the parameters of the modules around the layer. A layer may be in front of where they
-    are added; with ``skip``, the number of tokens that a transform leaves out there, other counts
-    become one of ``"prefix"``.
+    Read from the parameters of the modules around the layer. A layer may run before they are added;
+    then its transform leaves out fewer (``tokens_to_map.skip``).
 
     Example:
         >>> from torchvision.models import VisionTransformer
         >>> vit = VisionTransformer(32, 8, num_layers=1, num_heads=2, hidden_dim=16, mlp_dim=16)
-        >>> prefix_of(vit, "encoder"), prefix_of(vit, "encoder", skip=0)
-        ({'class token': 1}, {})
+        >>> prefix_of(vit, "encoder")
+        {'class token': 1}
     """
-    found: dict[str, int] = {}
+    kinds = {name: kind for kind, names in _PREFIX.items() for name in names}
     for owner in _around(model, find_layer(model, layer)[0]):
         own = {name.rpartition(".")[2]: p for name, p in owner.named_parameters()}
-        for kind, names in _PREFIX.items():
-            count = sum(p[..., 0].numel() for name, p in own.items() if name in names)
-            found |= {kind: count} if count else {}
-        if found:
-            break
-    if skip is None or skip == sum(found.values()):
-        return found
-    return {"prefix": skip} if skip else {}
+        # Of [D], [1, n, D] or [n, D].
+        counts = {kinds[name]: own[name][..., 0].numel() for name in kinds if name in own}
+        if any(counts.values()):
+            return {kind: count for kind, count in counts.items() if count}
+    return {}
 
 
 def _around(model: object, layer: nn.Module) -> list[nn.Module]:

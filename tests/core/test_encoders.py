@@ -209,16 +209,13 @@ def test_a_model_as_it_comes(name):
     # Also without a similarity model around it.
     assert infer_transform(net, layer, IMAGES) == transform
     assert prefix_of(model, layer) == prefix == prefix_of(net, net.get_submodule(layer))
-    if transform is not None:
-        assert prefix_of(net, layer, transform.skip) == prefix
-        assert sum(prefix.values()) == transform.skip
+    assert sum(prefix.values()) == (0 if transform is None else transform.skip)
     before.assert_unchanged(net)
 
 
-def test_what_is_in_front_of_the_tokens_that_are_added_is_not_named():
-    net = small("Dinov2WithRegistersModel")
-    assert prefix_of(net, "embeddings.patch_embeddings", skip=0) == {}
-    assert prefix_of(net, "embeddings", skip=2) == {"prefix": 2}
+def test_a_layer_in_front_of_where_the_class_token_is_added_has_none():
+    net = small("ViTModel")
+    assert infer_transform(net, "embeddings.patch_embeddings", IMAGES) == tokens_to_map(4, 4, 0)
 
 
 @pytest.mark.parametrize(
