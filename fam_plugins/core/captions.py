@@ -11,6 +11,7 @@ from torch import Tensor
 from fam_plugins.core.encoders import pick_embeddings
 from fam_plugins.core.eval_mode import check_module, eval_mode, place_of
 from fam_plugins.core.messages import with_progress
+from fam_plugins.core.references import check_chunk_size
 from fam_plugins.core.similarity import unit_length
 
 __all__ = ["Template", "embed_captions"]
@@ -22,6 +23,7 @@ def embed_captions(
     model: Any, tokenizer: Any, captions: Sequence[str], templates: Any, chunk_size: int
 ) -> Tensor:
     """Captions -> ``[N, D]`` of unit length: each the mean of its texts' unit vectors (CLIP)."""
+    check_chunk_size(chunk_size)
     texts = _texts(captions, templates)
     call = _text_call(model, tokenizer)
     chunks = [texts[i : i + chunk_size] for i in range(0, len(texts), chunk_size)]

@@ -192,8 +192,7 @@ def embed_once(
     Images are embedded in chunks, in eval mode, without gradient, with a progress bar; an image
     processor's output is taken for its tensors. ``reading`` is passed on to ``embed``.
     """
-    if not isinstance(chunk_size, int) or chunk_size < 1:
-        raise ValueError(f"chunk_size must be an int of at least 1, not {chunk_size!r}")
+    check_chunk_size(chunk_size)
     # Outside inference mode, so that the result can take part in autograd later on.
     with torch.inference_mode(False), torch.no_grad():
         first, *further = tensors_of(images_or_embeddings, what)
@@ -217,6 +216,12 @@ def embed_once(
             found = given.clone()
     check_embeddings(found, width=width, what=what)
     return found
+
+
+def check_chunk_size(chunk_size: object) -> None:
+    """Refuse what is no number of images or texts per forward pass."""
+    if not isinstance(chunk_size, int) or chunk_size < 1:
+        raise ValueError(f"chunk_size must be an int of at least 1, not {chunk_size!r}")
 
 
 def tensors_of(given: Any, what: str) -> tuple[Tensor, ...]:

@@ -196,6 +196,11 @@ def test_refused_before_any_work(model, tokenizer, captions, templates, error, m
         SimilarityModel.from_text(model, tokenizer, captions, templates)
 
 
+def test_chunks_of_no_text_are_refused():
+    with pytest.raises(ValueError, match="chunk_size must be an int of at least 1, not 0"):
+        SimilarityModel.from_text(BOTH, str.split, ["a"], chunk_size=0)
+
+
 def test_an_image_processor_is_no_tokenizer():
     hub = pytest.importorskip("transformers", reason="this is its image processor")
     with pytest.raises(TypeError, match="CLIPImageProcessor.* is no tokenizer"):

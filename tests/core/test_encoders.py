@@ -318,7 +318,7 @@ def test_a_field_is_named_or_picked():
         SimilarityModel(net, IMAGES, output=tuple)
     with torch.no_grad():
         token = net(IMAGES).last_hidden_state[:, 0]
-    options = {"output": lambda out: out.last_hidden_state[:, 0], "contrast": "others"}
+    options = {"output": lambda out: out.last_hidden_state[:, 0], "contrast": IMAGES[:2]}
     for model in (
         SimilarityModel(net, IMAGES, **options),
         SimilarityModel.from_support(net, {"pixel_values": IMAGES}, "abc", **options),
