@@ -52,16 +52,14 @@ def select_scores(output: Any, target: Any) -> Tensor:
 
 
 def _row_of(output: Any, target: Any) -> Any:
-    """Labels that are strings, as row numbers; every other target as it is."""
+    """Labels that are strings, as row numbers where the output knows them; others as they are."""
     named = target if isinstance(target, (list, tuple)) else [target]
-    if not named or not all(isinstance(label, str) for label in named):
+    if not named or not all(isinstance(n, str) for n in named) or not hasattr(output, "row_of"):
         return target
     try:
         return output.row_of(target if isinstance(target, str) else list(target))
-    except (AttributeError, ValueError) as error:
-        none = "pass an int, or explain a SimilarityModel(..., labels=[...]) itself"
-        why = error if isinstance(error, ValueError) else none
-        raise AssertionError(f"target {target!r} is a {type(target).__name__}: {why}") from error
+    except ValueError as error:
+        raise AssertionError(f"target {target!r} is a {type(target).__name__}: {error}") from error
 
 
 def _plain(target: Any) -> Any:
@@ -73,7 +71,7 @@ def _plain(target: Any) -> Any:
     except TypeError:
         raise AssertionError(
             f"target {target!r} is a {type(target).__name__}: pass an int, a tensor of ints [B], "
-            "a list of ints, or tuples of ints"
+            "a list of ints, or tuples of ints; labels are for SimilarityModel(..., labels=[...])"
         ) from None
 
 

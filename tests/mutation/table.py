@@ -323,7 +323,6 @@ OTHERS_OF_CORE = [
         ("self.training = encoder.training", "pass"),
         ("if saved != own:", "if False:"),
         ("embeddings, references, against)", "embeddings, references)"),
-        ("model.labels = tuple(unique_labels(names))", "model.labels = tuple(names)"),
     ),
     *of(
         "core/eval_mode.py",
