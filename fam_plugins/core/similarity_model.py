@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -407,8 +406,6 @@ class ModelScores:
         if isinstance(forward_func, SimilarityModel) and kind.forward is SimilarityModel.forward:
             self.model = forward_func
             self.forward = forward_func.embed
-            if kind.embed is SimilarityModel.embed:
-                self.forward = partial(embed, forward_func.encoder, **forward_func._reading)
             if batch is not None:
                 # Before any work: what no output has is refused here.
                 rows = forward_func.references

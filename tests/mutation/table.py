@@ -279,8 +279,6 @@ ENCODERS = [
     *of(
         "core/similarity_model.py",
         "core/test_encoders.py core/test_captions.py",
-        ("partial(embed, forward_func.encoder, **forward_func._reading)",
-         "partial(embed, forward_func.encoder)"),
         ("embed(self.encoder, images, *further, **self._reading)",
          "embed(self.encoder, images, *further)"),
         ("        image_call(encoder)\n", ""),
