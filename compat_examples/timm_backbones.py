@@ -14,28 +14,22 @@ Whatever the weights, rule="gradcam" is pytorch-grad-cam's own map, which is che
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from urllib.error import HTTPError
-from urllib.request import urlopen
 
 import pretrained
 import torch
+from hub import PHOTOGRAPHS, RANDOM, energy_on, import_library, photographs
 from pytorch_grad_cam import GradCAM
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
-from sklearn.datasets import load_sample_image
 from torch import Tensor, nn
 from torchvision.transforms import functional as T
 from tqdm.auto import tqdm
 
 from fam_plugins import FAM, LayerFam, SimilarityModel, infer_transform
 from fam_plugins.plots import plot_episode
-
-PHOTOGRAPHS = ("china.jpg", "flower.jpg")
-RANDOM = "RANDOM WEIGHTS: these maps mean nothing"
 
 
 @dataclass(frozen=True)
@@ -54,25 +48,9 @@ class Backbone:
     warning: str
 
 
-def import_timm() -> ModuleType:
-    """Import timm; without a network, in a mode that does not retry for a minute a model."""
-    try:
-        urlopen(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=10).close()
-    except HTTPError:
-        pass  # An answer, if an unfriendly one: there is a network.
-    except OSError:
-        # Read when the hub is imported; weights that were downloaded before are still found.
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    try:
-        import timm
-    except ImportError as error:
-        raise SystemExit("this example needs timm: pip install timm") from error
-    return timm
-
-
 def backbones(args: argparse.Namespace) -> Iterator[Backbone]:
     """One after another, so that only one is in memory."""
-    timm = import_timm()
+    timm = import_library("timm", "timm")
     convnet, warning = pretrained.load_model(args.weights)
     convnet.classifier = nn.Identity()
     yield Backbone("mobilenet_v2", convnet, "features", args.mean, args.std, warning)
@@ -99,30 +77,6 @@ def from_timm(timm: ModuleType, name: str, layer: str) -> Backbone:
     config = timm.data.resolve_model_data_config(encoder)
     mean, std = list(config["mean"]), list(config["std"])
     return Backbone(name, encoder.eval(), layer, mean, std, warning)
-
-
-def photographs() -> tuple[Tensor, Tensor]:
-    """The query ``[1, 3, 224, 224]`` with both photographs, and a reference of each.
-
-    Every reference is the mirrored lower three quarters of its photograph, at another scale.
-    """
-    halves, references = [], []
-    for name in PHOTOGRAPHS:
-        image = torch.from_numpy(load_sample_image(name).copy()).permute(2, 0, 1) / 255
-        square = T.center_crop(image, [420, 420])
-        halves.append(T.resize(square[:, :, 105:315], [224, 112], antialias=True))
-        part = T.hflip(square[:, 105:, 52:367])
-        references.append(T.resize(part, [224, 224], antialias=True))
-    return torch.cat(halves, dim=2)[None].clamp(0, 1), torch.stack(references).clamp(0, 1)
-
-
-def energy_on(half: int, attribution: Tensor) -> float:
-    """Share of the positive part of a map ``[h, w]`` on one half of the query; 0.5 by chance."""
-    size = attribution.shape[1] // 2
-    energy = attribution.clamp_min(0)
-    # A middle column belongs to neither half.
-    sides = [energy[:, :size].sum(), energy[:, attribution.shape[1] - size :].sum()]
-    return float(sides[half] / (sides[0] + sides[1]).clamp_min(1e-12))
 
 
 def apart_from_gradcam(model: SimilarityModel, layer: str, images: Tensor) -> float:

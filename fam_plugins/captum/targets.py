@@ -25,14 +25,15 @@ TensorOrTensors = Tensor | tuple[Tensor, ...]
 def select_scores(output: Any, target: Any) -> Tensor:
     """One score per image ``[B]`` of an output ``[B, ...]``, with Captum's targets and errors.
 
-    A model that returns one number for the whole batch keeps it.
+    A model that returns one number for the whole batch keeps it. Targets of a labelled
+    :class:`~fam_plugins.SimilarityModel` may be labels.
     """
     if not isinstance(output, Tensor):
         raise TypeError(
             f"the model returns a {type(output).__name__}, not a tensor: pass a function that "
             "picks the scores out of it, such as lambda x: model(x)['logits']"
         )
-    target = _plain(target)
+    target = _plain(_row_of(output, target))
     _check_range(output, target)
     try:
         scores: Tensor = _select_targets(output, target)
@@ -50,6 +51,17 @@ def select_scores(output: Any, target: Any) -> Tensor:
     return scores.reshape(len(scores)) if scores.dim() > 0 else scores
 
 
+def _row_of(output: Any, target: Any) -> Any:
+    """Labels that are strings, as row numbers where the output knows them; others as they are."""
+    named = target if isinstance(target, (list, tuple)) else [target]
+    if not named or not all(isinstance(n, str) for n in named) or not hasattr(output, "row_of"):
+        return target
+    try:
+        return output.row_of(target if isinstance(target, str) else list(target))
+    except ValueError as error:
+        raise AssertionError(f"target {target!r} is a {type(target).__name__}: {error}") from error
+
+
 def _plain(target: Any) -> Any:
     """Numpy's integers stand for Python's; everything else is as it is."""
     if target is None or isinstance(target, (int, tuple, list, Tensor)):
@@ -59,7 +71,7 @@ def _plain(target: Any) -> Any:
     except TypeError:
         raise AssertionError(
             f"target {target!r} is a {type(target).__name__}: pass an int, a tensor of ints [B], "
-            "a list of ints, or tuples of ints"
+            "a list of ints, or tuples of ints; labels are for SimilarityModel(..., labels=[...])"
         ) from None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fam_plugins.core.contrast import GalleryMean, check_averages, mean_of, reduced
+from fam_plugins.core.encoders import pixels_of
 from fam_plugins.core.eval_mode import check_module, eval_mode, place_of
 from fam_plugins.core.gallery import Gallery, is_on_disk
 from fam_plugins.core.messages import with_progress
@@ -83,16 +84,18 @@ def unique_labels(labels: Iterable[Hashable]) -> list[Any]:
         return distinct
 
 
-def listed(labels: Iterable[Hashable] | Tensor, count: int | None = None) -> list[Any]:
+def listed(
+    labels: Iterable[Hashable] | Tensor, count: int | None = None, what: str = "supports"
+) -> list[Any]:
     """Labels as a list, refused where they are not one hashable value for each of ``count``."""
     given: Any = labels.tolist() if hasattr(labels, "tolist") else labels
     names: list[Any] = list(given) if isinstance(given, Iterable) else [given]
     # A value that is not equal to itself is NaN.
     if not all(isinstance(name, Hashable) and name == name for name in names):
         fix = "of [S, 1] labels.flatten(), of one-hot labels labels.argmax(1)"
-        raise ValueError(f"labels must be one value per support, without NaN: {fix}")
+        raise ValueError(f"labels must be one value for each of the {what}, without NaN: {fix}")
     if count is not None and len(names) != count:
-        raise ValueError(f"there are {count} supports and {len(names)} labels: give one label each")
+        raise ValueError(f"there are {count} {what} and {len(names)} labels: give one label each")
     return names
 
 
@@ -159,15 +162,16 @@ def _gallery(encoder: nn.Module, loader: Any) -> Iterator[Tensor]:
 
 def embed_contrast(
     encoder: nn.Module,
-    contrast: Tensor | GalleryMean,
+    contrast: Tensor | Mapping[str, Any] | GalleryMean,
     similarity: Similarity,
     chunk_size: int = 32,
     *,
     width: int | None = None,
+    **reading: Any,
 ) -> Tensor | GalleryMean:
     """A contrast as a user gives it, reduced to one row where the similarity has such a form."""
     if not isinstance(contrast, GalleryMean):
-        rows = embed_once(encoder, contrast, "contrast", chunk_size, width=width)
+        rows = embed_once(encoder, contrast, "contrast", chunk_size, width=width, **reading)
         return reduced(similarity, rows)
     contrast.check(similarity)
     check_embeddings(contrast.row, width=width, what="contrast")
@@ -176,21 +180,23 @@ def embed_contrast(
 
 def embed_once(
     encoder: nn.Module,
-    images_or_embeddings: Tensor,
+    images_or_embeddings: Tensor | Mapping[str, Any],
     what: str,
     chunk_size: int = 32,
     *,
     width: int | None = None,
+    **reading: Any,
 ) -> Tensor:
     """Images ``[S, ...]`` (or embeddings, taken as they are) -> ``[S, D]``, detached and copied.
 
-    Images are embedded in chunks, in eval mode, without gradient, with a progress bar.
+    Images are embedded in chunks, in eval mode, without gradient, with a progress bar; an image
+    processor's output is taken for its tensors. ``reading`` is passed on to ``embed``.
     """
-    if not isinstance(chunk_size, int) or chunk_size < 1:
-        raise ValueError(f"chunk_size must be an int of at least 1, not {chunk_size!r}")
+    check_chunk_size(chunk_size)
     # Outside inference mode, so that the result can take part in autograd later on.
     with torch.inference_mode(False), torch.no_grad():
-        given = at_home(as_tensor(images_or_embeddings, what), encoder, what)
+        first, *further = tensors_of(images_or_embeddings, what)
+        given = at_home(first, encoder, what)
         if given.dim() < 2:
             raise ValueError(
                 f"{what} of shape {tuple(given.shape)}: pass embeddings [N, D] or images "
@@ -200,15 +206,27 @@ def embed_once(
             raise ValueError(f"{what} are empty: pass at least one")
         if given.dim() > 2:
             with eval_mode(encoder):
+                parts = [torch.split(t.to(given.device), chunk_size) for t in (given, *further)]
                 chunks = [
-                    embed(encoder, chunk).clone()
-                    for chunk in with_progress(torch.split(given, chunk_size), f"embedding {what}")
+                    embed(encoder, *chunk, **reading).clone()
+                    for chunk in with_progress(list(zip(*parts, strict=True)), f"embedding {what}")
                 ]
             found = torch.cat(chunks)
         else:
             found = given.clone()
     check_embeddings(found, width=width, what=what)
     return found
+
+
+def check_chunk_size(chunk_size: object) -> None:
+    """Refuse what is no number of images or texts per forward pass."""
+    if not isinstance(chunk_size, int) or chunk_size < 1:
+        raise ValueError(f"chunk_size must be an int of at least 1, not {chunk_size!r}")
+
+
+def tensors_of(given: Any, what: str) -> tuple[Tensor, ...]:
+    """What a model takes: images or embeddings alone, or all of an image processor's output."""
+    return pixels_of(given, what) if isinstance(given, Mapping) else (as_tensor(given, what),)
 
 
 def as_tensor(values: Any, what: str) -> Tensor:
@@ -234,6 +252,8 @@ def at_home(given: Tensor, encoder: nn.Module, what: str) -> Tensor:
 
 def _images(batch: Any) -> Tensor:
     first = batch[0] if isinstance(batch, (tuple, list)) and len(batch) > 0 else batch
+    if isinstance(first, Mapping) and "pixel_values" in first:
+        first = pixels_of(first)[0]
     if not isinstance(first, Tensor):
         raise TypeError(
             f"the loader gives {type(first).__name__}: it must give image tensors, or tuples whose "

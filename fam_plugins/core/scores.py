@@ -6,16 +6,18 @@ explainer needs: it runs the model as it is, in one forward pass, and reads off 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fam_plugins.core.contrast import Contrast, GalleryMean
+from fam_plugins.core.encoders import Output, image_call, pick_embeddings, pixels_of
 from fam_plugins.core.own_norm import hold_own_norm
 from fam_plugins.core.similarity import Similarity, as_similarity
 
@@ -178,27 +180,34 @@ def full_precision(device: torch.device) -> AbstractContextManager[object]:
     return nullcontext()
 
 
-def embed(encoder: nn.Module, images: Tensor) -> Tensor:
+def embed(
+    encoder: nn.Module,
+    images: Tensor | Mapping[str, Any],
+    *further: Any,
+    output: Output = None,
+    forward_kwargs: Mapping[str, Any] | None = None,
+) -> Tensor:
     """Run an encoder and make sure that what it returns are embeddings ``[B, D]``."""
+    if isinstance(images, Mapping):
+        images, *further = pixels_of(images)  # type: ignore[assignment]
     if isinstance(images, Tensor) and images.dim() > 0 and images.shape[0] == 0:
         raise ValueError("the batch is empty: pass at least one image")
     try:
-        embeddings = encoder(images)
+        given = image_call(encoder)(images, *further, **(forward_kwargs or {}))
     except ValueError as error:  # of a batch norm, or of B, C, H, W = images.shape
-        if images.dim() != 3:
+        if not isinstance(images, Tensor) or images.dim() != 3 or further:
             raise
         raise ValueError(
             f"the encoder refuses {tuple(images.shape)}, a single image is image[None]: {error}"
         ) from error
+    embeddings = pick_embeddings(given, output)
     if not isinstance(embeddings, Tensor):
-        raise TypeError(
-            f"the encoder returns a {type(embeddings).__name__}, not a tensor: wrap it in a module "
-            "whose forward picks the embeddings [B, D] out of it"
-        )
+        raise TypeError(f"output= picks a {type(embeddings).__name__}, not a tensor [B, D]")
     if embeddings.dim() != 2:
         raise ValueError(
             f"the encoder returns shape {tuple(embeddings.shape)}, not embeddings [B, D]: append "
-            "pooling, nn.Sequential(encoder, nn.AdaptiveAvgPool2d(1), nn.Flatten())"
+            "pooling, nn.Sequential(encoder, nn.AdaptiveAvgPool2d(1), nn.Flatten()), or pick a "
+            "token, SimilarityModel(..., output=lambda out: out.last_hidden_state[:, 0])"
         )
     if len(embeddings) != len(images):
         raise ValueError(

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from functools import partial
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fam_plugins.core.captions import Template, embed_captions
 from fam_plugins.core.contrast import Contrast, GalleryMean, mean_of
+from fam_plugins.core.encoders import Output, image_call
 from fam_plugins.core.eval_mode import check_module
 from fam_plugins.core.gallery import Gallery, is_on_disk
+from fam_plugins.core.messages import unknown_name
 from fam_plugins.core.references import (
     as_tensor,
     embed_contrast,
     embed_once,
     listed,
     prototypes,
+    tensors_of,
     unique_labels,
 )
 from fam_plugins.core.scores import embed, score, subtract_others
@@ -37,11 +40,14 @@ class SimilarityModel(nn.Module):
     ``copy.deepcopy`` carry them.
 
     Args:
-        encoder: Images ``[B, ...]`` -> embeddings ``[B, D]``. It is used, not copied.
-        references: Embeddings ``[N, D]``, or images ``[N, C, H, W]``, which are embedded once, in
-            eval mode, without gradient. A memory-mapped array (``np.load(..., mmap_mode="r")``)
-            of any size stays on disk: scoring reads it in parts, explaining chosen references
-            reads only their rows, and ``state_dict`` does not carry it.
+        encoder: Images ``[B, ...]`` -> embeddings ``[B, D]``: any such module, or a model of
+            transformers or open_clip as it is, of which the image tower is called. It is used, not
+            copied, and its layers keep their names.
+        references: Embeddings ``[N, D]``, or images ``[N, C, H, W]`` or an image processor's output
+            (``pixel_values``), which are embedded once, in eval mode, without gradient. A
+            memory-mapped array (``np.load(..., mmap_mode="r")``) of any size stays on disk: scoring
+            reads it in parts, explaining chosen references reads only their rows, and
+            ``state_dict`` does not carry it.
         similarity: ``"cosine"``, ``"dot"``, ``"euclidean"`` (negative squared distance), a distance
             of pytorch-metric-learning, or a function ``f(embeddings, references) -> [B, N]`` of
             your own. A function is explained through its true gradient: its maps are first-order
@@ -52,6 +58,13 @@ class SimilarityModel(nn.Module):
             contrast. Kept as one row, except under ``"euclidean"`` and functions of your own,
             whose mean no single row gives.
         chunk_size: Images per forward pass when references or contrast are images.
+        labels: A name for each reference: any hashable values.
+        output: The field of what the encoder returns that is the embedding, or a callable that
+            picks it; by default ``image_embeds``, else ``pooler_output``. A ``ViTModel`` whose
+            checkpoint has no pooler makes up a random one and says so while loading: there pick
+            the class token, ``lambda out: out.last_hidden_state[:, 0]``.
+        forward_kwargs: Further arguments of the encoder's call, such as
+            ``{"interpolate_pos_encoding": True}`` for images of another size.
 
     Attributes:
         encoder: The encoder.
@@ -59,12 +72,14 @@ class SimilarityModel(nn.Module):
             :class:`~fam_plugins.core.gallery.Gallery`.
         similarity: The name of the similarity.
         contrast_embeddings: The contrast, reduced to one row where there is such a form.
-        labels: The label of each row after :meth:`from_support`, otherwise ``None``.
+        labels: The label of each row, or ``None``; :meth:`index` finds the row of a label.
 
     Raises:
-        TypeError: If the encoder is no module or returns no tensor, or references no tensor.
-        ValueError: On an unknown similarity, references that are empty, one-dimensional, not
-            finite or of another width than the contrast.
+        TypeError: If the encoder is no module or returns nothing to pick the embedding from, or
+            references are no tensor, or a processor's output without pixels.
+        ValueError: On an unknown similarity, an encoder of texts only, another number of labels, or
+            references that are empty, one-dimensional, not finite or of another width than the
+            contrast.
 
     Example:
         >>> import torch
@@ -81,27 +96,33 @@ class SimilarityModel(nn.Module):
     def __init__(
         self,
         encoder: nn.Module,
-        references: Tensor,
+        references: Tensor | Mapping[str, Any],
         *,
         similarity: str | Similarity | Callable[..., Tensor] = "cosine",
-        contrast: Contrast = None,
+        contrast: Contrast | Mapping[str, Any] = None,
         chunk_size: int = 32,
+        labels: Sequence[Hashable] | Tensor | None = None,
+        output: Output = None,
+        forward_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         check_module(encoder, "encoder")
+        image_call(encoder)
+        self._reading: dict[str, Any] = {"output": output, "forward_kwargs": forward_kwargs}
         chosen = as_similarity(similarity)
         if isinstance(contrast, str) and contrast != "others":
             raise ValueError(f'contrast must be "others", embeddings or images, not {contrast!r}')
-        if is_on_disk(references) and not chosen.by_reference:
+        on_disk = is_on_disk(references)
+        if on_disk and not chosen.by_reference:
             raise ValueError(
                 "a memory-mapped gallery is scored in parts, which a function of your own may "
                 "not allow: choose a named similarity or a distance of pytorch-metric-learning"
             )
-        rows: Tensor | Gallery
-        if is_on_disk(references):
-            rows = Gallery(references)
-        else:
-            rows = embed_once(encoder, references, "references", chunk_size)
+        rows: Any = Gallery(references) if on_disk else tensors_of(references, "references")[0]
+        if labels is not None:
+            labels = tuple(listed(labels, rows.shape[0] if rows.shape else 0, "references"))
+        if not on_disk:
+            rows = embed_once(encoder, references, "references", chunk_size, **self._reading)
         against: Tensor | GalleryMean | None = None
         if isinstance(contrast, str):
             if len(rows) < 2:
@@ -112,11 +133,12 @@ class SimilarityModel(nn.Module):
             if chosen.averages:
                 against = mean_of(chosen, rows.parts() if isinstance(rows, Gallery) else [rows])
         elif contrast is not None:
-            against = embed_contrast(encoder, contrast, chosen, chunk_size, width=rows.shape[1])
+            reading = {"width": rows.shape[1], **self._reading}
+            against = embed_contrast(encoder, contrast, chosen, chunk_size, **reading)
         self.encoder = encoder
         self.similarity = chosen.name
         self._similarity = chosen
-        self.labels: tuple[Any, ...] | None = None
+        self.labels: tuple[Any, ...] | None = labels
         self._others = isinstance(contrast, str)
         if isinstance(rows, Gallery):
             self.references = rows
@@ -135,23 +157,25 @@ class SimilarityModel(nn.Module):
     def from_support(
         cls,
         encoder: nn.Module,
-        images: Tensor,
+        images: Tensor | Mapping[str, Any],
         labels: Sequence[Hashable] | Tensor,
         *,
         similarity: str | Similarity | Callable[..., Tensor] = "cosine",
-        contrast: Contrast = None,
+        contrast: Contrast | Mapping[str, Any] = None,
         chunk_size: int = 32,
+        **reading: Any,
     ) -> SimilarityModel:
         """Build a few-shot classifier: one reference a class, averaged over its supports.
 
         Args:
             encoder: Images ``[B, ...]`` -> embeddings ``[B, D]``.
-            images: Support images ``[S, C, H, W]``, or their embeddings ``[S, D]``.
+            images: Support images ``[S, C, H, W]``, a processor's output, or embeddings ``[S, D]``.
             labels: One label each; any hashable values. :attr:`labels` remembers them by row.
             similarity: As for the class; decides how supports are averaged
                 (:func:`~fam_plugins.prototypes`).
             contrast: As for the class.
             chunk_size: Images per forward pass.
+            **reading: ``output`` and ``forward_kwargs``, as for the class.
 
         Raises:
             ValueError: If there are more or fewer labels than images, and as for the class.
@@ -165,18 +189,81 @@ class SimilarityModel(nn.Module):
         """
         as_similarity(similarity)
         check_module(encoder, "encoder")
-        given = as_tensor(images, "supports")
+        given = tensors_of(images, "supports")[0]
         names = listed(labels, len(given) if given.dim() else 0)
-        supports = embed_once(encoder, given, "supports", chunk_size)
-        model = cls(
+        supports = embed_once(encoder, images, "supports", chunk_size, **reading)
+        return cls(
             encoder,
             prototypes(supports, names, similarity),
             similarity=similarity,
             contrast=contrast,
             chunk_size=chunk_size,
+            labels=unique_labels(names),
+            **reading,
         )
-        model.labels = tuple(unique_labels(names))
-        return model
+
+    @classmethod
+    def from_text(
+        cls,
+        model: nn.Module,
+        tokenizer: Any,
+        captions: Sequence[str],
+        templates: str | Sequence[Template] | None = None,
+        *,
+        chunk_size: int = 32,
+        **options: Any,
+    ) -> SimilarityModel:
+        """Compare images with captions: one reference per caption, embedded once by the model.
+
+        A score is the cosine of image and caption; the model's own logit scale and bias, the same
+        for every caption and region, are kept out of scores and maps. ``contrast="others"`` asks
+        "why this caption, not the others".
+
+        Args:
+            model: Of open_clip, or transformers' CLIPModel, SiglipModel and their like.
+            tokenizer: ``open_clip.get_tokenizer(name)``, or transformers' processor or tokenizer.
+                Longer texts than the model takes are cut.
+            captions: They become :attr:`labels`.
+            templates: Such as ``"a photo of a {}."``, or functions of a caption: their texts' unit
+                vectors are averaged (CLIP, arXiv 2103.00020). By default the caption is the text.
+            chunk_size: Texts per forward pass.
+            **options: As for the class, such as ``contrast``.
+
+        Raises:
+            TypeError: If captions are no list of strings, or the tokenizer is none.
+            ValueError: If the model lacks a tower, a caption is empty, or a template has no ``{}``.
+
+        Example:
+            >>> clip = open_clip.create_model("ViT-B-32", "laion2b_s34b_b79k")  # doctest: +SKIP
+            >>> tokenizer = open_clip.get_tokenizer("ViT-B-32")  # doctest: +SKIP
+            >>> model = SimilarityModel.from_text(  # doctest: +SKIP
+            ...     clip, tokenizer, ["a cat", "a dog"], "a photo of {}.", contrast="others"
+            ... )
+        """
+        rows = embed_captions(model, tokenizer, captions, templates, chunk_size)
+        return cls(model, rows, labels=captions, chunk_size=chunk_size, **options)
+
+    def index(self, label: Any) -> Any:
+        """The row of a label; of a list of labels, a list of rows.
+
+        Raises:
+            ValueError: If no row has this label (the message names the closest), or several have.
+
+        Example:
+            >>> import torch
+            >>> SimilarityModel(nn.Flatten(), torch.eye(2), labels=["cat", "dog"]).index("dog")
+            1
+        """
+        if isinstance(label, list):
+            return [self.index(one) for one in label]
+        if self.labels is None:
+            raise ValueError("pass an int: the references have no labels; labels=[...] gives them")
+        rows = [row for row, known in enumerate(self.labels) if known == label]
+        if not rows:
+            raise ValueError(unknown_name("label", label, map(str, self.labels)))
+        if len(rows) > 1:
+            raise ValueError(f"label {label!r} is that of rows {rows}: pass the row that you mean")
+        return rows[0]
 
     @property
     def contrast(self) -> Contrast:
@@ -189,11 +276,13 @@ class SimilarityModel(nn.Module):
             return self.contrast_embeddings
         return GalleryMean(self.contrast_embeddings, self.contrast_terms, self.similarity)
 
-    def embed(self, images: Tensor) -> Tensor:
+    def embed(self, images: Tensor | Mapping[str, Any], *further: Any) -> Tensor:
         """Embed images ``[B, ...]`` -> ``[B, D]``, with gradient, in the current mode.
 
+        Images may be a processor's output. ``further`` are arguments of the encoder behind them.
+
         Raises:
-            TypeError: If the encoder returns no tensor.
+            TypeError: If the encoder returns neither a tensor nor an object with a field to take.
             ValueError: If the batch is empty, or the encoder returns no ``[B, D]``.
 
         Example:
@@ -201,7 +290,7 @@ class SimilarityModel(nn.Module):
             >>> SimilarityModel(nn.Flatten(), torch.eye(2)).embed(torch.ones(1, 2, 1)).shape
             torch.Size([1, 2])
         """
-        return embed(self.encoder, images)
+        return embed(self.encoder, images, *further, **self._reading)
 
     def score(self, embeddings: Tensor, rows: Tensor | None = None) -> Tensor:
         """Score embeddings ``[B, D]`` against the references, or against some rows of them.
@@ -252,9 +341,9 @@ class SimilarityModel(nn.Module):
             scores = self._score(embeddings, self.references)
         return subtract_others(scores) if self._others and self._against is None else scores
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor | Mapping[str, Any], *further: Any) -> Tensor:
         """Images ``[B, ...]`` -> scores ``[B, N]`` of ``N`` references; errors as :meth:`score`."""
-        return self.score(self.embed(images))
+        return self.score(self.embed(images, *further))
 
     def get_extra_state(self) -> Tensor:
         """What ``state_dict`` carries beside references: the meaning of the scores, in bytes."""
@@ -316,8 +405,7 @@ class ModelScores:
         # A subclass with a forward of its own may do anything with the scores.
         if isinstance(forward_func, SimilarityModel) and kind.forward is SimilarityModel.forward:
             self.model = forward_func
-            usual = kind.embed is SimilarityModel.embed
-            self.forward = partial(embed, forward_func.encoder) if usual else forward_func.embed
+            self.forward = forward_func.embed
             if batch is not None:
                 # Before any work: what no output has is refused here.
                 rows = forward_func.references
@@ -325,7 +413,9 @@ class ModelScores:
                 device = "cpu" if like is None else like.device
                 # Autograd refuses to index with tensors of inference mode.
                 with torch.inference_mode(False):
-                    self._chosen = pick(torch.arange(len(rows), device=device).expand(batch, -1))
+                    numbers: Any = torch.arange(len(rows), device=device).expand(batch, -1)
+                    numbers.row_of = forward_func.index  # a target may be a label
+                    self._chosen = pick(numbers)
 
     def select(self, end: Any) -> Tensor:
         """The score ``[B]`` that was picked, from what :attr:`forward` returned."""

@@ -7,6 +7,7 @@ a layer needs is read from its shape and from what the model's own modules state
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,14 +16,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fam_plugins.core.encoders import image_call
 from fam_plugins.core.eval_mode import eval_mode
-from fam_plugins.core.layer_pass import LayerPass, fits_image
+from fam_plugins.core.layer_pass import LayerPass, find_layer, fits_image
 
 __all__ = [
     "Transform",
     "channels_last_to_map",
     "check_transform",
     "infer_transform",
+    "prefix_of",
     "tokens_to_map",
     "transform_for",
 ]
@@ -106,12 +109,13 @@ def channels_last_to_map(activation: Tensor) -> Tensor:
 def infer_transform(
     model: nn.Module, layer: nn.Module | str, example_input: Tensor
 ) -> Transform | None:
-    """Find the transform that a layer needs, for timm's and torchvision's ViT, Swin and others.
+    """Find the transform that a layer needs, for ViT, Swin and others.
 
     One forward pass in eval mode shows the layer's shape. Tokens need a model around the layer
-    that states its patch grid (timm's ``patch_embed`` and ``num_prefix_tokens``, torchvision's
-    ``patch_size`` and ``image_size``); four dimensions are told apart by the shape of the image,
-    and taken as ``[B, C, h, w]`` where both ends fit it. What fits nothing is refused.
+    that states its patch grid (timm's ``patch_embed`` and ``num_prefix_tokens``, torchvision's and
+    open_clip's ``patch_size`` and ``image_size``, transformers' ``config`` of both); four
+    dimensions are told apart by the shape of the image, and taken as ``[B, C, h, w]`` where both
+    ends fit it. What fits nothing is refused.
 
     The explainers of this package do the same without that pass: ``reshape_transform="auto"``,
     their default. This function serves the partners' own methods.
@@ -144,7 +148,7 @@ def infer_transform(
         raise TypeError(f"example_input is {given}, not a tensor of images: of one, image[None]")
     one = LayerPass(model, [layer], differentiate=False)
     with eval_mode(model):
-        one.run(lambda: model(example_input))
+        one.run(lambda: image_call(model)(example_input))
     (module,), (name,), (given,) = one.layers, one.names, one.tracked
     if len(given) != 1:
         raise TypeError(
@@ -181,7 +185,7 @@ def transform_for(
         return None
     size = tuple(images[2:])
     if len(given) == 3:
-        return _for_tokens(model, layer, name, given[1], size)
+        return _for_tokens(model, layer, name, given, images)
     first, last = fits_image(given[2:], size), fits_image(given[1:3], size)
     if first and not (last and type(layer) is nn.LayerNorm):
         return None
@@ -205,17 +209,69 @@ def _puts_channels_second(layer: nn.Module, given: Sequence[int]) -> bool:
 
 
 def _for_tokens(
-    model: object, layer: nn.Module, name: str, tokens: int, size: tuple[int, ...]
+    model: object, layer: nn.Module, name: str, given: Sequence[int], images: Sequence[int]
 ) -> tokens_to_map:
-    for owner in _around(model, layer):
-        for (h, w), prefix in _grids(owner, size):
-            for skip in (prefix, 0):
-                if tokens == skip + h * w:
-                    return tokens_to_map(h, w, skip=skip)
+    around, tokens, size = _around(model, layer), given[1], tuple(images[2:])
+    # open_clip before 2.26 runs its blocks on [T, B, C]; B may happen to be T.
+    flags = (getattr(part, "batch_first", True) for part in (*around, *layer.modules()))
+    if tokens == images[0] and (given[0] != images[0] or not all(flags)):
+        raise ValueError(
+            f"layer {name!r} gives tokens first, {tuple(given)}: {_suggest_grid(given[0], 1)} "
+            "behind a transpose, lambda x: tokens_to_map(...)(x.transpose(0, 1))"
+        )
+    front = sum(prefix_of(model, layer).values())
+    # Those that take images of another size only when told to.
+    strict = any("interpolate_pos_encoding" in _arguments(part) for part in around)
+    # Models of transformers take images of any size, those of torchvision and open_clip of one.
+    sizes = [size] if any(hasattr(part, "config") for part in around) else []
+    for owner in around:
+        fits = [
+            tokens_to_map(h, w, skip=skip)
+            for (h, w), prefix in _grids(owner, size, sizes, front)
+            for skip in dict.fromkeys((prefix, 0))
+            if tokens == skip + h * w
+        ]
+        fits = [fit for fit in fits if fit.skip == fits[0].skip]
+        if strict and len(set(fits)) > 1:
+            raise ValueError(
+                f"layer {name!r} gives as many tokens as for the images the model is made for: "
+                f"pass {fits[0]} if it interpolates its positions, {fits[-1]} if images are resized"
+            )
+        if fits:
+            return fits[0]
     raise ValueError(
         f"layer {name!r} gives {tokens} tokens, and no module around it states their grid: "
         f"{_suggest_grid(tokens, 1)}; reshape_transform=None takes [B, C, regions] as it is"
     )
+
+
+_PREFIX = {
+    "class token": ("cls_token", "class_token", "class_embedding"),
+    "distillation token": ("dist_token", "distillation_token"),
+    "registers": ("reg_token", "register_tokens"),
+}
+
+
+def prefix_of(model: object, layer: nn.Module | str) -> dict[str, int]:
+    """How many tokens of each kind stand in front of the patches, in their order.
+
+    Read from the parameters of the modules around the layer. A layer may run before they are added;
+    then its transform leaves out fewer (``tokens_to_map.skip``).
+
+    Example:
+        >>> from torchvision.models import VisionTransformer
+        >>> vit = VisionTransformer(32, 8, num_layers=1, num_heads=2, hidden_dim=16, mlp_dim=16)
+        >>> prefix_of(vit, "encoder")
+        {'class token': 1}
+    """
+    kinds = {name: kind for kind, names in _PREFIX.items() for name in names}
+    for owner in _around(model, find_layer(model, layer)[0]):
+        own = {name.rpartition(".")[2]: p for name, p in owner.named_parameters()}
+        # Of [D], [1, n, D] or [n, D].
+        counts = {kinds[name]: own[name][..., 0].numel() for name in kinds if name in own}
+        if any(counts.values()):
+            return {kind: count for kind, count in counts.items() if count}
+    return {}
 
 
 def _around(model: object, layer: nn.Module) -> list[nn.Module]:
@@ -227,7 +283,9 @@ def _around(model: object, layer: nn.Module) -> list[nn.Module]:
     return [m for m in root.modules() if any(part is layer for part in m.modules())][::-1]
 
 
-def _grids(owner: nn.Module, size: tuple[int, ...]) -> Iterator[tuple[tuple[int, int], int]]:
+def _grids(
+    owner: nn.Module, size: tuple[int, ...], sizes: list[tuple[int, ...]], front: int
+) -> Iterator[tuple[tuple[int, int], int]]:
     """The patch grids that a module states, the surest first, and its tokens in front of them."""
     embed = getattr(owner, "patch_embed", None)
     if embed is not None:  # timm
@@ -244,11 +302,23 @@ def _grids(owner: nn.Module, size: tuple[int, ...]) -> Iterator[tuple[tuple[int,
             if grid is not None:
                 yield grid, prefix if isinstance(prefix, int) else 0
         return
-    patch, image = _pair(getattr(owner, "patch_size", None)), getattr(owner, "image_size", None)
-    image = _pair(image)
-    if patch is not None and image is not None:  # torchvision
-        token = isinstance(getattr(owner, "class_token", None), Tensor)
-        yield (image[0] // patch[0], image[1] // patch[1]), int(token)
+    config = getattr(owner, "config", None)
+    for stated in (owner, config):
+        patch, image = (_pair(getattr(stated, n, None)) for n in ("patch_size", "image_size"))
+        for given in (*sizes, image):
+            if patch is None or image is None or given is None:
+                continue
+            yield (given[0] // patch[0], given[1] // patch[1]), front
+            for stage in range(len(getattr(config, "depths", ()))):  # Swin: halved, and padded
+                h, w = (-(-side // (by << stage)) for side, by in zip(given, patch, strict=True))
+                yield (h, w), 0
+
+
+def _arguments(module: nn.Module) -> Sequence[str]:
+    try:
+        return list(inspect.signature(module.forward).parameters)
+    except (TypeError, ValueError):  # of a compiled function
+        return ()
 
 
 def _described(given: Any) -> Any:

@@ -217,7 +217,7 @@ def test_a_model_without_a_class_token_has_none_to_skip():
     assert owner.transform(16, (32, 32)) == tokens_to_map(4, 4, skip=0)
     with pytest.raises(ValueError, match="17 tokens, and no module around it"):
         owner.transform(17, (32, 32))
-    owner = Owner(patch_size=8, image_size=32, class_token=torch.zeros(1))
+    owner = Owner(patch_size=8, image_size=32, class_token=nn.Parameter(torch.zeros(1, 1, 8)))
     assert owner.transform(17, (32, 32)) == tokens_to_map(4, 4, skip=1)
 
 

@@ -86,7 +86,7 @@ REFERENCES = of(
     ("wide = supports.to(torch.promote_types(supports.dtype, torch.float32))", "wide = supports"),
     ("return sorted(distinct)", "return distinct"),
     ("            with eval_mode(encoder):\n", "            if True:\n"),
-    ("embed(encoder, chunk).clone()", "embed(encoder, chunk)[:1].clone()"),
+    ("embed(encoder, *chunk, **reading).clone()", "embed(encoder, *chunk)[:1].clone()"),
     ("found = given.clone()", "found = given"),
     ("dtype=dtype or given.dtype)", "dtype=dtype or torch.float32)"),
     ("if np.ma.isMaskedArray(values):", "if False:"),
@@ -244,21 +244,70 @@ TRANSFORMS = of(
 ) + of(
     "core/transforms.py",
     "core/test_transforms.py",
-    ("yield (image[0] // patch[0], image[1] // patch[1]), int(token)",
-     "yield (image[0] // patch[0], image[1] // patch[1]), 1"),
+    ("front = sum(prefix_of(model, layer).values())", "front = 1"),
     ("else (fixed, seen):", "else (seen, fixed):"),
     ("if first and not (last and type(layer) is nn.LayerNorm):", "if first:"),
     ("    if _puts_channels_second(layer, given):", "    if False:"),
     ("for m in root.modules() if any(part is layer for part in m.modules())][::-1]",
      "for m in root.modules() if any(part is layer for part in m.modules())]"),
     ('p - 1 if getattr(embed, "dynamic_img_pad", False) else 0', "0"),
-    ("for skip in (prefix, 0):", "for skip in (prefix,):"),
+    ("for skip in dict.fromkeys((prefix, 0))", "for skip in (prefix,)"),
     ("return grid.permute(0, 3, 1, 2)", "return grid.permute(0, 3, 2, 1)"),
     ("size[1] + up[1]) // patch[1]", "size[0] + up[1]) // patch[1]"),
     ("if images is None or len(images) != 4 or len(given) not in (3, 4):",
      "if images is None or len(given) not in (3, 4):"),
     ("with eval_mode(model):", "if True:"),
 )  # fmt: skip
+
+ENCODERS = [
+    *of(
+        "core/encoders.py",
+        "core/test_encoders.py",
+        ("        return encoder.encode_image\n", "        return encoder\n"),
+        ("        return encoder.get_image_features\n", "        return encoder\n"),
+        ('("image_embeds", "text_embeds", "pooler_output")',
+         '("pooler_output", "text_embeds", "image_embeds")'),
+        ("found.dim() == 4 and found.shape[2:] == (1, 1)", "found.dim() == 4"),
+        ('"pixel_values", "pixel_attention_mask", "spatial_shapes"',
+         '"pixel_attention_mask", "pixel_values", "spatial_shapes"'),
+        (' and hasattr(encoder, "encode_text"):', ":"),
+        ('takes != "pixel_values" or ', ""),
+    ),
+    *of(
+        "core/captions.py",
+        "core/test_captions.py",
+        ("unit_length(rows.to(", "(rows.to("),
+        ("return unit_length(means)", "return (means)"),
+        ('"padding": "max_length"', '"padding": "longest"'),
+        ("with eval_mode(model), ", "with "),
+        (".reshape(len(captions), -1, units.shape[1]).mean(dim=1)",
+         ".reshape(-1, len(captions), units.shape[1]).mean(dim=0)"),
+        (' or hasattr(tokenize, "image_mean")', ""),
+    ),
+    *of(
+        "core/transforms.py",
+        "core/test_encoders.py",
+        ("for given in (*sizes, image):", "for given in (image, *sizes):"),
+        ("if strict and len(", "if len("),
+        ("(-(-side // (by << stage))", "(side // (by << stage)"),
+        (" or not all(flags))", ")"),
+        ("image_call(model)(example_input)", "model(example_input)"),
+    ),
+    *of(
+        "core/similarity_model.py",
+        "core/test_encoders.py core/test_captions.py",
+        ("embed(self.encoder, images, *further, **self._reading)",
+         "embed(self.encoder, images, *further)"),
+        ("        image_call(encoder)\n", ""),
+        ("if len(rows) > 1:", "if False:"),
+    ),
+    *of(
+        "core/references.py",
+        "core/test_encoders.py",
+        ("for t in (given, *further)]", "for t in (given,)]"),
+        ('"contrast", chunk_size, width=width, **reading)', '"contrast", chunk_size, width=width)'),
+    ),
+]  # fmt: skip
 
 OTHERS_OF_CORE = [
     *of(
@@ -279,8 +328,9 @@ OTHERS_OF_CORE = [
         "core/test_contrast.py",
         ("similarity=similarity,\n            contrast=contrast,\n            chunk_size",
          "similarity=similarity,\n            chunk_size"),
-        ('embed_once(encoder, given, "supports", chunk_size)',
-         'embed_once(encoder, given, "supports")'),
+        ('embed_once(encoder, images, "supports", chunk_size, **reading)',
+         'embed_once(encoder, images, "supports", **reading)'),
+        ("            labels=unique_labels(names),\n", ""),
         (" and kind.forward is SimilarityModel.forward:", ":"),
         ("not self._similarity.by_reference or (self._others and self._against is None)", "False"),
         ("subtract_others(scores) if self._others and self._against is None else scores", "scores"),
@@ -288,7 +338,6 @@ OTHERS_OF_CORE = [
         ("self.training = encoder.training", "pass"),
         ("if saved != own:", "if False:"),
         ("embeddings, references, against)", "embeddings, references)"),
-        ("model.labels = tuple(unique_labels(names))", "model.labels = tuple(names)"),
     ),
     *of(
         "core/eval_mode.py",
@@ -535,6 +584,6 @@ QUALITY = of(
 
 MUTANTS = [
     *SIMILARITY, *SCORES, *REFERENCES, *CONTRAST, *OWN_NORM, *TAILS, *DECOMPOSE, *SMOOTH, *RULES,
-    *MAPS, *MANY, *LAYER_PASS, *TRANSFORMS, *OTHERS_OF_CORE, *CAPTUM, *GRAD_CAM, *CAPE, *INTEROP,
-    *PLOTS, *PAIR, *QUALITY,
+    *MAPS, *MANY, *LAYER_PASS, *TRANSFORMS, *ENCODERS, *OTHERS_OF_CORE, *CAPTUM, *GRAD_CAM, *CAPE,
+    *INTEROP, *PLOTS, *PAIR, *QUALITY,
 ]  # fmt: skip
