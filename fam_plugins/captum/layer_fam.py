@@ -113,8 +113,8 @@ class LayerFam(LayerAttribution):
         Args:
             inputs: Images ``[B, ...]``, or a tuple of tensors for models that take several.
             target: Which output to explain: an int for all images, or a list or tensor of one
-                index per image; tuples for outputs of more dimensions. ``None`` if the model
-                returns one number per image.
+                index per image; tuples for outputs of more dimensions; labels, one or one per
+                image, where the model has them. ``None`` if it returns one number per image.
             additional_forward_args: Further arguments of the model.
             attribute_to_layer_input: Explain the input of the layer instead of its output.
             relu_attributions: Set negative values to zero.

@@ -22,7 +22,7 @@ from fam_plugins.core.rules import RULES, Rule, find_rule
 from fam_plugins.core.scores import ACTIVE, Frozen, frozen_scores, full_precision
 from fam_plugins.core.smooth import smoothed
 from fam_plugins.core.tail_constants import TailConstants
-from fam_plugins.core.transforms import Transform, transform_for
+from fam_plugins.core.transforms import Transform, prefix_of, transform_for
 
 __all__ = ["TAILS", "MapPass", "batch_size", "check_finite", "check_tail"]
 
@@ -317,7 +317,10 @@ class MapPass:
         skip = getattr(self._transforms[index], "skip", 0)
         tokens = self._pass.tracked[index][0].detach()[:, :skip]
         shares = (tokens * gradient[:, :skip]).sum(dim=2)
-        for name, part in (("class token", shares[:, :1]), ("registers", shares[:, 1:])):
+        kinds = prefix_of(self._model, self._pass.layers[index])
+        if sum(kinds.values()) != skip:  # a layout of the user's, or a layer before some are added
+            kinds = {"class token": min(skip, 1), "registers": max(skip - 1, 0)}
+        for name, part in zip(kinds, torch.split(shares, [*kinds.values()], dim=1), strict=True):
             if part.numel():
                 self.constants[name] = part.sum(dim=1) + self.constants.get(name, 0)
 

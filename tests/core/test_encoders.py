@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 from collections import namedtuple
 from dataclasses import dataclass
@@ -211,6 +212,34 @@ def test_a_model_as_it_comes(name):
     assert prefix_of(model, layer) == prefix == prefix_of(net, net.get_submodule(layer))
     assert sum(prefix.values()) == (0 if transform is None else transform.skip)
     before.assert_unchanged(net)
+
+
+WAYS = "eager", "sdpa"
+NO_CHOICE = "ConvNext", "ResNet", "open_clip ViT", "open_clip ResNet"
+
+
+@pytest.mark.parametrize(
+    ("name", "attention"),
+    [(name, how) for name in ROWS for how in (["as it is"] if name in NO_CHOICE else WAYS)],
+)
+def test_the_parts_of_a_score_add_up(name, attention):
+    build, _, layer, _, prefix = ROWS[name]
+    net = copy.deepcopy(build()).double()
+    if attention in WAYS:
+        net.set_attn_implementation(attention)
+    torch.manual_seed(1)
+    with torch.no_grad():  # fresh networks have biases of zeros
+        for value in net.parameters():
+            value.add_(0.1 * torch.randn_like(value))
+    images = IMAGES.double()
+    model = SimilarityModel(net, images.flip(0))
+    found = LayerFam(model, layer, rule="additive").decompose(images, [0, 1, 1])
+    assert found.gap.abs().max() < 1e-12
+    assert set(prefix) <= set(found.parts)
+    torch.testing.assert_close(sum(found.parts.values()), found.score, rtol=0, atol=1e-12)
+    float32 = SimilarityModel(net.float(), IMAGES.flip(0))
+    single = LayerFam(float32, layer, rule="additive").decompose(IMAGES, [0, 1, 1])
+    assert (single.gap.abs() / single.score.abs()).max() < 1e-5
 
 
 def test_a_layer_in_front_of_where_the_class_token_is_added_has_none():
