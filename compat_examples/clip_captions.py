@@ -89,7 +89,7 @@ def main() -> None:
         print(f"| {caption} | {float(scores[0, row]):+.4f} | {energy} |")
 
     cards = [card(caption) for caption in CAPTIONS]
-    figure = plot_episode(query, cards, maps, scores=scores, labels=CAPTIONS)
+    figure = plot_episode(query, cards, maps, scores=scores, labels=CAPTIONS, rule="centred")
     if args.random:
         figure.suptitle(hub.RANDOM, fontsize=10)
     figure.savefig(args.out / "clip_captions.png", dpi=110)

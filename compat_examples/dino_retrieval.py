@@ -99,7 +99,9 @@ def main() -> None:
         print(f"| {hit} | {float(scores[0, place]):+.4f} | {energy} |")
 
     shown = gallery[hits[0].cpu()]
-    figure = plot_retrieval(query[0], shown, maps[0], torch.cat(hit_maps), scores[0])
+    figure = plot_retrieval(
+        query[0], shown, maps[0], torch.cat(hit_maps), scores[0], rule="centred"
+    )
     if args.random:
         figure.suptitle(hub.RANDOM, fontsize=10)
     figure.savefig(args.out / "dino_retrieval.png", dpi=110)
