@@ -71,7 +71,7 @@ def main() -> None:
 
     figure = plot_pair(
         query[0], photos[0], pair.map_a[0], pair.map_b[0], score=pair.score[0],
-        titles=("both", "temple"),
+        titles=("both", "temple"), rule="centred",
     )  # fmt: skip
     if args.random:
         figure.suptitle(hub.RANDOM, fontsize=10)
