@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from fam_plugins.core.choose_layer import choose_layer
 from fam_plugins.core.contrast import Contrast, GalleryMean, reduced
 from fam_plugins.core.decompose import region_sum, warn_of_coverage
 from fam_plugins.core.eval_mode import eval_mode
@@ -55,7 +57,7 @@ class PairExplanation:
 
 def explain_pair(
     encoder: nn.Module,
-    layer: nn.Module | str,
+    layer: nn.Module | str | None,
     a: Tensor,
     b: Tensor,
     *,
@@ -83,7 +85,8 @@ def explain_pair(
     Args:
         encoder: Images ``[B, ...]`` -> embeddings ``[B, D]``, run in eval mode; its training mode
             is then restored.
-        layer: The layer whose output ``[B, C, h, w]`` is explained, or its name.
+        layer: The layer whose output ``[B, C, h, w]`` is explained, or its name; ``"patches"``, or
+            ``None`` to have it found, as in :class:`~fam_plugins.LayerFam`.
         a: Images ``[B, C, H, W]``.
         b: As many images, of any size that the encoder takes.
         similarity: ``"cosine"`` (score in -1 to 1), ``"dot"``, ``"sqeuclidean"`` (minus the
@@ -151,6 +154,8 @@ def explain_pair(
             "chance. Pass contrast=gallery_mean(encoder, loader) of a few hundred of your images."
         )
 
+    layer = choose_layer(encoder, layer, partial(embed, encoder), a)
+
     def side(images: Tensor) -> _Side:
         one = MapPass(
             encoder, [layer], chosen, reshape_transform, regions=1, smooth=smooth, tail=tail
@@ -184,7 +189,7 @@ def explain_pair(
             alike_a, alike_b = _pairwise(how, two.point), _pairwise(how, one.point)
             pairs = joint_shares(one.tail(), two.tail(), alike_a, alike_b)
     if chosen.adds_up:
-        warn_of_coverage(*shares)
+        warn_of_coverage(chosen, two._one.constants, *shares)
     difference_a, difference_b = differences or (None, None)
     delta_a, delta_b = deltas or (None, None)
     return PairExplanation(

@@ -13,6 +13,7 @@ from captum.log import log_usage
 from torch import Tensor, nn
 
 from fam_plugins.captum.targets import TensorOrTensors, batch_size, run_forward, select_scores
+from fam_plugins.core.choose_layer import choose_layer
 from fam_plugins.core.decompose import Decomposition, region_sum, warn_of_coverage
 from fam_plugins.core.layer_pass import LayerTensors
 from fam_plugins.core.many import as_indices, map_references
@@ -38,7 +39,9 @@ class LayerFam(LayerAttribution):
     Args:
         forward_func: The model, or any function of it, as for every Captum method.
         layer: The layer whose output is the feature map ``[B, C, h, w]`` (2 to 5 dimensions
-            work), or its name. The layer that is pooled into the embedding gives exact maps.
+            work), or its name; ``"patches"`` for the patch embedding of a transformer. Left out,
+            it is found at the first images, by one more forward pass: the last map in front of
+            pooling or attention pooling, for a class token the input of a middle block.
         device_ids: Accepted as in Captum; maps are computed on one device.
         rule: ``"centred"`` (``additive`` minus its mean; the best rule for finding what matches),
             ``"additive"`` (signed; sums to the score), ``"gradcam"`` (as ``LayerGradCam``),
@@ -79,7 +82,7 @@ class LayerFam(LayerAttribution):
     def __init__(
         self,
         forward_func: Callable[..., Any],
-        layer: nn.Module | str,
+        layer: nn.Module | str | None = None,
         device_ids: list[int] | None = None,
         *,
         rule: str | Rule | None = None,
@@ -88,6 +91,7 @@ class LayerFam(LayerAttribution):
         tail: str | None = None,
     ) -> None:
         super().__init__(forward_func, layer, device_ids)
+        self.layer: Any = layer
         self.rule: str | Rule = choose_rule(rule)
         if not isinstance(reshape_transform, str) or reshape_transform != "auto":
             check_transform(reshape_transform)
@@ -135,30 +139,32 @@ class LayerFam(LayerAttribution):
             AssertionError: On a bad target, or a layer that does not run.
             RuntimeError: If the layer runs twice, or the score does not depend on it.
             TypeError: If the layer or the model gives something other than tensors.
-            ValueError: On an empty batch, a map that holds NaN, an unknown layer name, a layer or
-                transform that gives another shape than ``[B, C, ...]`` or drops all that bears
-                the score (the class token of the last layer), a shape that leaves ``"auto"`` in
-                doubt, or a delta asked of a rule that does not add up.
+            ValueError: On an empty batch, a map that holds NaN, an unknown layer name, a layer that
+                is left out and not found, a layer or transform that gives another shape than
+                ``[B, C, ...]`` or drops all that bears the score (the class token of the last
+                layer), a shape that leaves ``"auto"`` in doubt, or a delta asked of a rule that
+                does not add up.
 
         Warns:
             UserWarning: If rule ``"fam"`` meets a contrast set, or a map that promises shares
-                carries less than half of the score.
+                carries less than half of the score (a centred one less than a tenth, the rest
+                being in tokens); once for each layer found for a class token.
         """
-        one = self._pass(attribute_to_layer_input)
-        if return_convergence_delta and not one.rule.adds_up:
+        rule = find_rule(self.rule)
+        if return_convergence_delta and not rule.adds_up:
             raise ValueError(
-                f'rule "{one.rule.name}" does not add up to the score, so it has no convergence '
+                f'rule "{rule.name}" does not add up to the score, so it has no convergence '
                 'delta: use LayerFam(..., rule="additive")'
             )
         pick = partial(select_scores, target=target)
         scores = ModelScores(self.forward_func, pick, batch_size(inputs))
         forward = partial(run_forward, scores.forward, inputs, None, additional_forward_args)
+        one = self._pass(inputs, additional_forward_args, attribute_to_layer_input)
         (maps,) = one.explain(
             forward, inputs, scores.select, sum_channels=attr_dim_summation, **(grad_kwargs or {})
         )
         result = _shown(maps, relu_attributions)
-        if one.rule.adds_up:
-            warn_of_coverage((region_sum(maps), one.scores))
+        warn_of_coverage(one.rule, one.constants, (region_sum(maps), one.scores))
         if not return_convergence_delta:
             return result
         return result, Decomposition.of(maps, _parts(one, maps, scores, forward), one.scores).gap
@@ -190,11 +196,12 @@ class LayerFam(LayerAttribution):
             >>> list(found.parts), bool((found.gap.abs() < 1e-6).all())
             (['regions', 'bias'], True)
         """
-        own = find_rule(self.rule)
-        one = self._pass(attribute_to_layer_input, own if own.adds_up else find_rule("additive"))
+        rule = find_rule(self.rule)
+        rule = rule if rule.adds_up else find_rule("additive")
         pick = partial(select_scores, target=target)
         scores = ModelScores(self.forward_func, pick, batch_size(inputs))
         forward = partial(run_forward, scores.forward, inputs, None, additional_forward_args)
+        one = self._pass(inputs, additional_forward_args, attribute_to_layer_input, rule)
         (maps,) = one.explain(forward, inputs, scores.select)
         parts = _parts(one, maps, scores, forward)
         return Decomposition.of(_shown(maps, False), parts, one.scores)
@@ -244,7 +251,7 @@ class LayerFam(LayerAttribution):
         scores = ModelScores(self.forward_func)
         chosen = as_indices(indices, scores, batch_size(inputs), references_per_chunk)
         (maps,) = map_references(
-            self._pass(),
+            self._pass(inputs, additional_forward_args),
             scores,
             partial(run_forward, scores.forward, inputs, None, additional_forward_args),
             inputs,
@@ -302,11 +309,14 @@ class LayerFam(LayerAttribution):
         """
         raise NotImplementedError("LayerFam has no asynchronous form: call attribute")
 
-    def _pass(self, at_input: bool = False, rule: Rule | None = None) -> MapPass:
+    def _pass(self, inputs: Any, further: Any, at_input: bool = False, rule: Any = None) -> MapPass:
+        images = inputs if further is None else None  # further arguments may be per image
+        run = ModelScores(self.forward_func).forward
+        self.layer = choose_layer(self.forward_func, self.layer, run, images)
         return MapPass(
             self.forward_func,
             [self.layer],
-            self.rule if rule is None else rule,
+            rule or self.rule,
             self.reshape_transform,
             at_input=at_input,
             smooth=self.smooth,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -9,8 +10,11 @@ from torch import Tensor
 
 from fam_plugins.core.layer_pass import LayerTensors
 from fam_plugins.core.messages import warn_user
+from fam_plugins.core.rules import Rule
 
 __all__ = ["Decomposition", "region_sum", "warn_of_coverage"]
+
+TOKENS = {"class token", "registers", "residual"}  # what earlier layers hold in their regions
 
 
 @dataclass(frozen=True)
@@ -53,17 +57,34 @@ def region_sum(maps: Tensor | LayerTensors, leading: int = 1) -> Tensor:
     return total
 
 
-def warn_of_coverage(*sums_and_scores: tuple[Tensor, Tensor]) -> None:
-    """Warn, once for all of them, of maps whose regions carry less than half of their score."""
+def warn_of_coverage(
+    rule: Rule, constants: Mapping[str, Tensor], *sums_and_scores: tuple[Tensor, Tensor]
+) -> None:
+    """Warn, once for all of them, of regions that carry less than half of a score shared out.
+
+    A centred map sums to zero: its regions carry what ``constants``, the rest by name, leave, and
+    its pattern stands for more than shares, so it takes tokens that leave less than a tenth.
+    """
+    least = 0.5
+    if not rule.adds_up:
+        named = rule.centred and TOKENS & {*constants}
+        sums_and_scores = tuple(
+            (s - sum(constants.values()), s) for _, s in sums_and_scores if named
+        )
+        least = 0.1
     for regions, scores in sums_and_scores:
         if regions.shape != scores.shape:
             continue  # one score for the whole batch
-        low = (regions.abs() < scores.abs() / 2).nonzero()
+        low = (regions.abs() < scores.abs() * least).nonzero()
         if len(low):
             where = tuple(low[0].tolist())
             total, part = float(scores[where]), float(regions[where])
+            most = max(constants, key=lambda name: float(constants[name].abs().sum()), default="")
+            fix = "read the map as shares of that"
+            if most in TOKENS:
+                fix = f"the {most} has most of the rest, so explain an earlier layer or 'patches'"
             warn_user(
-                f"the regions carry {part:.3g} of a score of {total:.3g} (image {where[0]}): read "
-                "the map as shares of that; LayerFam.decompose names the rest"
+                f"the regions carry {part:.3g} of a score of {total:.3g} (image {where[0]}): "
+                f"{fix}; LayerFam.decompose names the rest"
             )
             return

@@ -92,7 +92,8 @@ def map_references(
     ]
     if one.rule.adds_up:
         total = torch.cat(explained, dim=1)
-        warn_of_coverage(*((region_sum(maps, leading=2), total) for maps in found))
+        shares = [(region_sum(maps, leading=2), total) for maps in found]
+        warn_of_coverage(one.rule, one.constants, *shares)
     return found
 
 

@@ -10,6 +10,7 @@ import torch
 from pytorch_grad_cam.utils.svd_on_activations import get_2d_projection
 from torch import Tensor, nn
 
+from fam_plugins.core.choose_layer import choose_layer
 from fam_plugins.core.decompose import region_sum, warn_of_coverage
 from fam_plugins.core.eval_mode import check_module, eval_mode
 from fam_plugins.core.layer_pass import find_layer
@@ -38,7 +39,8 @@ class FAM(OnePassCAM):
 
     Args:
         model: The model to explain.
-        target_layers: The layers whose maps are averaged; modules, or their names.
+        target_layers: The layers whose maps are averaged; modules, their names, or ``"patches"``.
+            Left out, one is found, as in :class:`~fam_plugins.LayerFam`.
         reshape_transform: Rearranges what a layer gives into ``[B, C, h, w]``. ``"auto"`` reads
             from the shapes of the pass, layer by layer, whether that is needed
             (:func:`~fam_plugins.infer_transform`); ``None`` takes layers as they are;
@@ -77,7 +79,7 @@ class FAM(OnePassCAM):
     def __init__(
         self,
         model: nn.Module,
-        target_layers: Sequence[nn.Module | str],
+        target_layers: Sequence[Any] | None = None,
         reshape_transform: Callable[[Any], Tensor] | str | None = "auto",
         *,
         rule: str | Rule | None = None,
@@ -88,6 +90,8 @@ class FAM(OnePassCAM):
         self.smooth, self.tail = smooth, check_tail(tail)
         check_transform(reshape_transform)
         check_module(model)
+        left_out = target_layers is None
+        target_layers = [None] if target_layers is None else target_layers
         if not isinstance(target_layers, (list, tuple)):
             raise TypeError(
                 f"target_layers must be a list of layers, such as [model.layer4], not "
@@ -95,15 +99,21 @@ class FAM(OnePassCAM):
             )
         if not target_layers:
             raise ValueError("target_layers is empty: pass at least one, such as [model.layer4]")
-        layers = [find_layer(model, layer)[0] for layer in target_layers]
+        layers = [
+            one if left_out or one == "patches" else find_layer(model, one)[0]
+            for one in target_layers
+        ]
         super().__init__(model, layers, reshape_transform)
 
     def run_pass(self, input_tensor: Tensor) -> tuple[MapPass, Any]:
         """Run the model once; return the pass and the model's output."""
-        one = self._start()
+        one = self._start(input_tensor)
         return one, one.run(lambda: self.model(input_tensor), input_tensor)
 
-    def _start(self) -> MapPass:
+    def _start(self, images: Tensor) -> MapPass:
+        run = ModelScores(self.model).forward
+        found = [choose_layer(self.model, layer, run, images) for layer in self.target_layers]
+        self.target_layers = found
         return MapPass(
             self.model,
             self.target_layers,
@@ -119,8 +129,9 @@ class FAM(OnePassCAM):
     ) -> Iterator[tuple[Tensor, np.ndarray]]:
         """Explain a pass: for each target layer its map ``[B, 1, h, w]``, and as float32 array."""
         found = one.maps(lambda: _scores(outputs, targets), sum_channels=not eigen_smooth)
-        if one.rule.adds_up:
-            warn_of_coverage(*((region_sum(maps), one.scores) for maps in found))
+        if one.rule.adds_up or len(found) == 1:
+            shares = [(region_sum(maps), one.scores) for maps in found]
+            warn_of_coverage(one.rule, one.constants, *shares)
         for (maps,) in found:
             if eigen_smooth:
                 summed = check_finite(maps.sum(dim=1, keepdim=True))
@@ -166,7 +177,7 @@ class FAM(OnePassCAM):
             input_tensor = input_tensor.to(self.device)
         with eval_mode(self.model):
             found = map_references(
-                self._start(),
+                self._start(input_tensor),
                 scores,
                 lambda: scores.forward(input_tensor),
                 input_tensor,

@@ -44,7 +44,7 @@ CONSTRUCTOR = [
     refused("a generator", lambda m: built(m.modules())(m), TypeError, "a list of layers"),
     refused("a dict", lambda m: built(dict(m.named_modules()))(m), TypeError, "a list of layers"),
     refused("a set", built({"last"}), TypeError, "a list of layers"),
-    refused("layers None", built(None), TypeError, "a list of layers"),
+    works("layers None", built(None)),
     refused("no layers", built([]), ValueError, "pass at least one"),
     refused("layers in lists", built([["last"]]), TypeError, "not a list"),
     refused("a class of layers", built([nn.ReLU]), TypeError, "model.layer4"),

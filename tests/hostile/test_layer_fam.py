@@ -83,7 +83,7 @@ CONSTRUCTOR = [
     refused("layer as a module list", lambda m: ran(m, [m.encoder.last]), TypeError, "not a list"),
     refused("layer as a class", on(nn.ReLU), TypeError, "model.layer4"),
     refused("layer as an index", on(4), TypeError, "model.layer4"),
-    refused("layer None", on(None), TypeError, "model.layer4"),
+    works("layer None", on(None)),
     refused("layer as its weight", lambda m: ran(m, m.encoder.conv.weight), TypeError, "layer4"),
     refused("layer misspelt", on("lst"), ValueError, "There are 'encoder'"),
     refused("layer empty", on(""), ValueError, "There are 'encoder'"),
