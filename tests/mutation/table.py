@@ -138,8 +138,12 @@ OWN_NORM = of(
 
 DECOMPOSE = of(
     "core/decompose.py",
-    "core/test_decompose.py",
-    ("scores.abs() / 2)", "scores.abs() / 3)"),
+    "core/test_decompose.py core/test_choose_layer.py",
+    ("least = 0.5", "least = 0.3"),
+    ("least = 0.1", "least = 0.9"),
+    ("rule.centred and TOKENS & {*constants}", "rule.centred"),
+    ("(s - sum(constants.values()), s)", "(s, s)"),
+    ("if most in TOKENS:", "if False:"),
     ("            return\n", ""),
     (".sum(dim=0) - score", ".sum(dim=0) - score.abs()"),
     ('parts["regions"] / score', 'score / parts["regions"]'),
@@ -310,6 +314,31 @@ ENCODERS = [
 ]  # fmt: skip
 
 OTHERS_OF_CORE = [
+    *of(
+        "core/choose_layer.py",
+        "core/test_choose_layer.py",
+        (" or layer in names.values():", ":"),
+        ("images[:1])", "images)"),
+        ("max(first - (cuts[first - 1].regions <= cuts[first].regions), 0)", "first"),
+        ("(cuts[first - 1].regions <= cuts[first].regions), 0)", "1, 0)"),
+        ("(cuts[first - 1].regions <= cuts[first].regions), 0)", "1, -1)"),
+        ("found[:, found.shape[1] // 2 :].any()", "found.any()"),
+        ("max(middle, joins, 0)", "middle"),
+        ("[len(blocks) // 2] - 1", "[len(blocks) // 2]"),
+        ("sizes[kind] > 0, ", ""),
+        ("found[0].grad_fn, found[0].output_nr", "found[0].grad_fn, 0"),
+        ("eval_mode(root), torch", "torch"),
+        ("requires_grad_().clone()", "requires_grad_()"),
+        (" or _reaches(end, source, edge):", ":"),
+        ("ran[m] == 1 and inner", "inner"),
+        (" and inner in {*m.modules()}]", "]"),
+        ("Cut(around[-1], inner", "Cut(inner, inner"),
+        ("(nn.AvgPool2d, nn.AdaptiveAvgPool2d, *", "(*"),
+        ("*[nn.Linear] * any(cut.tokens for cut in cuts)", ""),
+        (" * any(cut.tokens for cut in cuts)", ""),
+        ("min(regions, output.shape[2:].numel())", "regions"),
+        ("min(regions, output.shape[2:].numel())", "2"),
+    ),
     *of(
         "core/gallery.py",
         "core/test_gallery.py",
