@@ -38,9 +38,11 @@ def choose_layer(model: object, layer: Any, forward: Callable[[Tensor], Any], im
     Found is the last map in front of pooling or attention pooling. A class token has read most of
     the score before the last block: there, the input of a middle block. ``forward`` runs the model.
     """
+    if layer is not None and layer != "patches":
+        return layer
     root: Any = getattr(model, "__self__", model)
     names = {m: n for n, m in root.named_modules()} if isinstance(root, nn.Module) else {}
-    if layer not in (None, "patches") or layer in names.values():
+    if layer in names.values():
         return layer
     usual = isinstance(images, Tensor) and images.is_floating_point() and images.dim() > 2
     usual = usual and not any(name.endswith("_orig_mod") for name in names.values())
