@@ -65,7 +65,7 @@ def main() -> None:
     images = torch.stack([preprocess(picture) for picture in hub.pictures(query)]).to(args.device)
 
     model = SimilarityModel.from_text(clip, tokenizer, CAPTIONS, TEMPLATES, contrast="others")
-    # The one place that names a layer: the class token reads the patches from the middle block on.
+    # The input of the middle block: LayerFam(model, rule=...) finds it by itself, and says so.
     layer = f"visual.transformer.resblocks.{len(clip.visual.transformer.resblocks) // 2 - 1}"
     explainer = LayerFam(model, layer, rule="centred")
     maps = torch.stack([explainer.attribute(images, target=c) for c in CAPTIONS], dim=1)

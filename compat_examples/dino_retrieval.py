@@ -76,7 +76,7 @@ def main() -> None:
     neighbours = alike.fill_diagonal_(-1).argmax(dim=1).tolist()
     same = [names[row].split()[0] == names[near].split()[0] for row, near in enumerate(neighbours)]
 
-    # The one place that names a layer: the class token reads the patches from the middle block on.
+    # The input of the middle block: LayerFam(model, rule=...) finds it by itself, and says so.
     layer = f"encoder.layer.{len(encoder.encoder.layer) // 2 - 1}"
     maps = LayerFam(model, layer, rule="centred").attribute_references(images, hits)
     single = LayerFam(model, layer, rule="centred").attribute(images, target=found[0])

@@ -50,7 +50,7 @@ def main() -> None:
     b = processor(images=hub.pictures(photos), return_tensors="pt")
     a, b = a.to(args.device), b.to(args.device)
 
-    # The one place that names a layer: the norm in front of the attention pooling.
+    # The norm in front of the attention pooling: explain_pair(encoder, None, ...) finds it as well.
     layer = "vision_model.post_layernorm"
     pair = explain_pair(
         siglip, layer, a.pixel_values, b.pixel_values, rule="centred",

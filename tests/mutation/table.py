@@ -317,7 +317,7 @@ OTHERS_OF_CORE = [
     *of(
         "core/choose_layer.py",
         "core/test_choose_layer.py",
-        (" or layer in names.values():", ":"),
+        ("    if layer in names.values():\n        return layer\n", ""),
         ("images[:1])", "images)"),
         ("max(first - (cuts[first - 1].regions <= cuts[first].regions), 0)", "first"),
         ("(cuts[first - 1].regions <= cuts[first].regions), 0)", "1, 0)"),
