@@ -29,6 +29,7 @@ from tests.benchmarks.quality.vit_methods import Means, fam_row, measure, partne
 
 SUMMARY = Path(__file__).with_name(vit_verdict.SOURCE)
 README = Path(__file__).with_name("README.md")
+PICTURE = Path(__file__).parents[2] / "compat_examples" / "pictures" / "vit_quality.png"
 
 Found = dict[str, dict[int, tuple[Means, float, float]]]
 """Kind -> seed -> rows, accuracy on single digits, share found of a mosaic's digits."""
@@ -51,7 +52,9 @@ def main(arguments: list[str] | None = None) -> None:
     kept = options.out / SUMMARY.name
     if options.publish:
         SUMMARY.write_text(kept.read_text(encoding="utf-8"), encoding="utf-8")
-        block = vit_verdict.page(json.loads(SUMMARY.read_text(encoding="utf-8")))
+        summary = json.loads(SUMMARY.read_text(encoding="utf-8"))
+        vit_verdict.picture(summary).savefig(PICTURE, dpi=80)
+        block = vit_verdict.page(summary)
         text = verdict.insert(README.read_text(encoding="utf-8"), block, SUMMARY.name)
         README.write_text(text, encoding="utf-8")
         return

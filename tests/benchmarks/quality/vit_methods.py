@@ -146,7 +146,8 @@ def coverage(
     """Median over images of the regions' share of the score."""
     one = LayerFam(model, f"encoder.{layer}", rule="additive", tail=tail)
     maps = one.attribute(images, target=targets)
-    scores = model(images).gather(1, targets[:, None])[:, 0]
+    with torch.no_grad():
+        scores = model(images).gather(1, targets[:, None])[:, 0]
     return float((maps.sum(dim=(1, 2, 3)) / scores).median())
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from fam_plugins.core.maps import TAILS
 from tests.benchmarks.quality.intervals import Estimate, over_networks
@@ -27,13 +28,22 @@ PEERS = ("LeGrad", "Grad-ECLIP", "rollout", "random")
 
 def page(summary: Summary) -> str:
     """The block of the benchmarks' README."""
+    kinds = summary["kinds"]
     return "\n\n".join(
         [
             f"{summary['networks']} trained networks of each kind, {summary['mosaics']} mosaics of "
             "each network, contrast others, nothing smoothed. Accuracy of the nearest reference on "
-            f"single digits, and share of a mosaic's digits among its four nearest: {accuracies(summary)}.",
-            "\n".join(sentence(summary, kind) for kind in summary["kinds"]),
-            *(table(summary, kind) for kind in summary["kinds"]),
+            "single digits, and share of a mosaic's digits among its four nearest: "
+            f"{accuracies(summary)}.",
+            "\n".join(sentence(summary, kind) for kind in kinds),
+            "Gain of `additive` on GradCAM at its usual layer: energy, insertion minus deletion; "
+            "bold where the interval of the paired difference lies on one side of zero.",
+            gained(summary),
+            "The values themselves, `additive` unless it says otherwise: energy / point / AUC / "
+            "insertion minus deletion and, of ours, the median share of the score that the patches "
+            "carry.",
+            *(table(summary, kind) for kind in kinds),
+            "The partners' own methods at the patch embedding, as they are and inside the block:",
             partners(summary),
         ]
     )
@@ -109,29 +119,48 @@ def compared(
 
 
 def table(summary: Summary, kind: str) -> str:
-    """Every row of a kind: means over networks, with the 95 % interval where it is judged."""
+    """Layers against tails and GradCAM, then the peers that have no choice of layer."""
     rows, given = summary["kinds"][kind]["rows"], KINDS[kind]
-    lines = [
-        f"| {kind} | energy | point | AUC | insertion - deletion | coverage |",
-        "|---" * 6 + "|",
-    ]
-    usual = f"GradCAM, {given.recipe}"
-    labels = [fam_row("additive", layer, tail) for layer in given.layers for tail in TAILS]
-    labels += [fam_row("centred", layer, "frozen") for layer in given.layers]
-    labels += [f"GradCAM, {layer}" for layer in given.layers]
-    for label in [*labels, *(peer for peer in PEERS if peer in rows)]:
-        found = {name: over_networks(values) for name, values in rows[label].items()}
-        cells = [
-            shown(found["energy"]),
-            number(found["point"].value),
-            number(found["auc"].value),
-            shown(found["faithfulness"]),
-            number(found["coverage"].value) if "coverage" in found else "",
-        ]
-        name, *rest = label.split(", ")
-        ours = name in ("additive", "centred")
-        named = ", ".join([f"`{name}`", rest[0], f"`{rest[1]}`"] if ours else [name, *rest])
-        lines.append(f"| {named}{' (usual)' if label == usual else ''} | {' | '.join(cells)} |")
+    head = [kind, *(f"`{tail}`" for tail in TAILS), "`centred`, `frozen`", "GradCAM"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for layer in given.layers:
+        labels = [fam_row("additive", layer, tail) for tail in TAILS]
+        labels += [fam_row("centred", layer, "frozen"), f"GradCAM, {layer}"]
+        usual = " (usual)" if layer == given.recipe else ""
+        cells = " | ".join(cell(rows[label]) for label in labels)
+        lines.append(f"| {layer}{usual} | {cells} |")
+    peers = "; ".join(f"{peer} {cell(rows[peer])}" for peer in PEERS if peer in rows)
+    return "\n".join(lines) + f"\n\nWithout a choice of layer: {peers}."
+
+
+def cell(row: dict[str, list[float]]) -> str:
+    """Energy, point, AUC, insertion minus deletion and, of our own rows, coverage."""
+    found = {name: over_networks(values) for name, values in row.items()}
+    parts = [shown(found["energy"]), *(number(found[name].value) for name in ("point", "auc"))]
+    parts += [shown(found["faithfulness"])]
+    parts += [f"{found['coverage'].value:.1f}"] if "coverage" in found else []
+    return " / ".join(parts)
+
+
+def gained(summary: Summary) -> str:
+    """What ``additive`` gains on GradCAM at its usual layer, by kind, layer and tail."""
+    lines = [f"| gain on GradCAM | {' | '.join(f'`{tail}`' for tail in TAILS)} |"]
+    lines += ["|---" * (len(TAILS) + 1) + "|"]
+    for kind, measured in summary["kinds"].items():
+        usual = measured["rows"][f"GradCAM, {KINDS[kind].recipe}"]
+        for layer in KINDS[kind].layers:
+            cells = []
+            for tail in TAILS:
+                ours = measured["rows"][fam_row("additive", layer, tail)]
+                found = [compared(ours, usual, measure) for measure in JUDGED]
+                cells.append(
+                    ", ".join(
+                        f"{bold}{signed(one.value)} ± {number(one.half)}{bold}"
+                        for one in found
+                        for bold in ["**" if one.sign else ""]
+                    )
+                )
+            lines.append(f"| {kind}: {layer} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -152,6 +181,41 @@ def partners(summary: Summary) -> str:
             label = f"{name}{' inside `frozen_tail()`' if frozen else ''}"
             lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def picture(summary: Summary) -> Figure:
+    """Energy along the layers, a line a tail, with the intervals over networks."""
+    kinds = summary["kinds"]
+    figure = Figure(figsize=(3.4 * len(kinds), 3.8), layout="constrained")
+    axes = np.atleast_1d(figure.subplots(1, len(kinds), sharey=True))
+    colours = dict(zip(TAILS, ("tab:blue", "tab:green", "tab:orange"), strict=True))
+    for axis, (kind, measured) in zip(axes, kinds.items(), strict=True):
+        rows, layers = measured["rows"], list(KINDS[kind].layers)
+        lines = {
+            f"additive, {tail}": (colour, [fam_row("additive", at, tail) for at in layers])
+            for tail, colour in colours.items()
+        }
+        lines["GradCAM"] = ("0.4", [f"GradCAM, {at}" for at in layers])
+        for shift, (name, (colour, labels)) in enumerate(lines.items()):
+            found = [over_networks(rows[label]["energy"]) for label in labels]
+            axis.errorbar(
+                np.arange(len(layers)) + 0.06 * (shift - 1.5),
+                [one.value for one in found],
+                [one.half for one in found],
+                color=colour,
+                marker="o",
+                markersize=4,
+                capsize=2,
+                linestyle="--" if name == "GradCAM" else "-",
+                label=name,
+            )
+        axis.axhline(0.25, color="0.7", linestyle=":")
+        axis.set_title(kind, fontsize=10)
+        axis.set_xticks(range(len(layers)), layers, rotation=40, ha="right", fontsize=8)
+    axes[0].set_ylabel("energy on the match (dotted: chance)")
+    axes[0].legend(fontsize=8, loc="lower left")
+    axes[0].set_ylim(0, 1)
+    return figure
 
 
 def shown(found: Estimate) -> str:
