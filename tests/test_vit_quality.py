@@ -93,7 +93,7 @@ def test_the_quick_check_finds_a_tail_that_is_not_frozen(fault):
 
     rows = {
         "additive, patches, frozen": {"energy": 0.5},
-        "LayerGradientXActivation, patches, inside": {"energy": value("captum", 0.5, 0.4)},
+        "LayerGradientXActivation, patches, inside ()": {"energy": value("captum", 0.5, 0.4)},
         "additive, block 0, frozen": {"energy": value("block 0", 0.5, 0.3)},
         "additive, block 0, norms": {"energy": 0.3},
         "additive, block 0, true": {"energy": 0.3 + 0.01},

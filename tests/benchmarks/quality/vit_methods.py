@@ -27,6 +27,9 @@ from tests.benchmarks.quality.vits import KINDS, PATCH, Problem, near
 PARTNERS = ("HiResCAM", "LayerCAM", "GradCAM", "LayerGradientXActivation", "LayerGradCam")
 """Methods of pytorch-grad-cam and Captum that are also run inside ``frozen_tail()``."""
 
+PARTLY = {"attention=False": {"attention": False}, "gates=False": {"gates": False}}
+"""What else ``LayerGradientXActivation`` is run inside of, to tell what each part does."""
+
 Means = dict[str, dict[str, float]]
 """Row -> measure -> mean over the images of one network; NaN where it is undefined."""
 
@@ -77,9 +80,15 @@ def fam_row(rule: str, layer: str, tail: str) -> str:
     return f"{rule}, {layer}, {tail}"
 
 
-def partner_row(name: str, frozen: bool) -> str:
-    """The label of a partner's method at the patch embedding."""
-    return f"{name}, patches, {'inside' if frozen else 'as it is'}"
+def partner_row(name: str, inside: str | None) -> str:
+    """The label of a partner's method at the patch embedding, and what it is run inside of."""
+    return f"{name}, patches, {'as it is' if inside is None else f'inside ({inside})'}"
+
+
+def partner_rows() -> list[tuple[str, str | None]]:
+    """Partners' methods as they are and inside ``frozen_tail()``; one also inside of its parts."""
+    rows: list[tuple[str, str | None]] = [(name, how) for name in PARTNERS for how in (None, "")]
+    return [*rows, *(("LayerGradientXActivation", how) for how in PARTLY)]
 
 
 def explainers(kind: str) -> dict[str, Any]:
@@ -98,9 +107,8 @@ def explainers(kind: str) -> dict[str, Any]:
         found["Grad-ECLIP"] = grad_eclip
     if given.settings["class_token"]:
         layer = given.layers["patches"]
-        for name in PARTNERS:
-            for frozen in (False, True):
-                found[partner_row(name, frozen)] = partner(name, layer, frozen)
+        for name, inside in partner_rows():
+            found[partner_row(name, inside)] = partner(name, layer, inside)
     return found
 
 
@@ -125,11 +133,11 @@ def cam_at(name: str, layer: str) -> Any:
     return At
 
 
-def partner(name: str, layer: str, frozen: bool) -> Callable[..., Tensor]:
-    """A partner's own method at a layer of the encoder, as it is or inside ``frozen_tail()``."""
+def partner(name: str, layer: str, inside: str | None) -> Callable[..., Tensor]:
+    """A partner's own method at a layer of the encoder, as it is or inside ``frozen_tail(...)``."""
 
     def maps(model: SimilarityModel, _layer: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
-        with frozen_tail() if frozen else nullcontext():
+        with nullcontext() if inside is None else frozen_tail(**PARTLY.get(inside, {})):
             if hasattr(pytorch_grad_cam, name):
                 given = (model, _layer, images, targets, False)
                 return explain(cam_at(name, layer), *given)[0]

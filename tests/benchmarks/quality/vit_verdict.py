@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from fam_plugins.core.maps import TAILS
 from tests.benchmarks.quality.intervals import Estimate, over_networks
 from tests.benchmarks.quality.verdict import AHEAD, BEHIND, NEITHER, gain, number, signed, word
-from tests.benchmarks.quality.vit_methods import PARTNERS, fam_row, partner_row
+from tests.benchmarks.quality.vit_methods import fam_row, partner_row, partner_rows
 from tests.benchmarks.quality.vits import KINDS
 
 Summary = dict[str, Any]
@@ -171,15 +171,14 @@ def partners(summary: Summary) -> str:
         f"| energy / point / AUC at the patch embedding | {' | '.join(kinds)} |",
         "|---" * (len(kinds) + 1) + "|",
     ]
-    for name in PARTNERS:
-        for frozen in (False, True):
-            cells = []
-            for kind in kinds:
-                row = summary["kinds"][kind]["rows"][partner_row(name, frozen)]
-                means = [over_networks(row[m]).value for m in ("energy", "point", "auc")]
-                cells.append(" / ".join(map(number, means)))
-            label = f"{name}{' inside `frozen_tail()`' if frozen else ''}"
-            lines.append(f"| {label} | {' | '.join(cells)} |")
+    for name, inside in partner_rows():
+        cells = []
+        for kind in kinds:
+            row = summary["kinds"][kind]["rows"][partner_row(name, inside)]
+            means = [over_networks(row[m]).value for m in ("energy", "point", "auc")]
+            cells.append(" / ".join(map(number, means)))
+        label = name if inside is None else f"{name} inside `frozen_tail({inside})`"
+        lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
