@@ -10,7 +10,10 @@ as torch counts it, on the CPU by summing the allocations and releases that torc
 Either way it fails where an explanation holds much more memory than a forward pass: that is what
 replaces the graph of the partners' backward pass. Times are printed and not judged.
 
-The second table is of one pair of images: the joint matrix of ``explain_pair`` against the bare
+The second table is of a transformer, ViT-S/16 with a class token: what a frozen tail costs from a
+late, a middle and the first layer on. It needs timm.
+
+The third table is of one pair of images: the joint matrix of ``explain_pair`` against the bare
 forward passes of both, and, at a quarter of the size, against a backward pass per dimension of
 both embeddings, which is how BiLRP (arXiv 2003.05405) finds such a matrix.
 """
@@ -19,9 +22,11 @@ from __future__ import annotations
 
 import argparse
 import time
+import warnings
 from collections.abc import Callable
 from statistics import median
 
+import timm
 import torch
 import torchvision
 from captum.attr import LayerGradCam
@@ -29,7 +34,7 @@ from pytorch_grad_cam import GradCAM
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch.profiler import ProfilerActivity, profile
 
-from fam_plugins import FAM, LayerFam, SimilarityModel, explain_pair
+from fam_plugins import FAM, LayerFam, SimilarityModel, explain_pair, tokens_to_map
 
 
 def peak_memory(call: Callable[[], object], device: str) -> int:
@@ -152,6 +157,61 @@ def pairs(net: torch.nn.Module, layer: torch.nn.Module, args: argparse.Namespace
     torch.testing.assert_close(found[0, :-1, :-1], expected, rtol=1e-3, atol=1e-6)
 
 
+def transformer(args: argparse.Namespace) -> None:
+    """Print the table of ViT-S/16; fails where a late layer holds the memory of an early one."""
+    net = timm.create_model("vit_small_patch16_224", num_classes=0, img_size=args.size)
+    net = net.eval().to(args.device)
+    images = torch.randn(args.batch, 3, args.size, args.size, device=args.device)
+    model = SimilarityModel(net, torch.randn(10, net.num_features))
+    targets = [ClassifierOutputTarget(3)] * args.batch
+    layers = {
+        "the last block": net.blocks[-2],
+        "the middle block": net.blocks[len(net.blocks) // 2 - 1],
+        "the patches": net.patch_embed.proj,
+    }
+
+    def bare() -> None:
+        with torch.no_grad():
+            model(images)
+
+    def ours(layer: torch.nn.Module) -> Callable[[], object]:
+        return lambda: LayerFam(model, layer, rule="additive").attribute(images, 3)
+
+    def grad_cam() -> None:
+        with GradCAM(
+            model, [net.blocks[-1].norm1], reshape_transform=tokens_to_map(side, side)
+        ) as cam:
+            cam(images, targets)
+        model.zero_grad(set_to_none=True)
+
+    side = args.size // 16
+    calls: dict[str, Callable[[], object]] = {"bare forward pass, no_grad": bare}
+    calls |= {f"LayerFam, additive, {at}": ours(layer) for at, layer in layers.items()}
+    calls["pytorch-grad-cam's GradCAM, last norm1"] = grad_cam
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "the regions carry")  # random weights
+        times = interleaved(calls, args.rounds, args.device)
+        memory = {name: peak_memory(call, args.device) for name, call in calls.items()}
+    print(f"\nViT-S/16, class token, batch {args.batch}, {args.size} px\n")
+    table(times, memory)
+    _, late, middle, early, _ = memory.values()
+    assert late < middle < early, f"memory grows from the layer on: {late}, {middle}, {early}"
+    most = 3 * memory["bare forward pass, no_grad"]
+    assert late <= most, f"for the last block {late} bytes are held, at most {most} should be"
+
+
+def table(times: dict[str, list[float]], memory: dict[str, int]) -> None:
+    """Print time and memory of calls beside the first of them."""
+    first = next(iter(times))
+    print("| | ms | x bare | peak MiB | x bare |\n|---|---|---|---|---|")
+    for name in times:
+        ratio = median(t / b for t, b in zip(times[name], times[first], strict=True))
+        print(
+            f"| {name} | {median(times[name]):.0f} | {ratio:.2f} | {memory[name] / 2**20:.1f} | "
+            f"{memory[name] / memory[first]:.3f} |"
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -201,13 +261,7 @@ def main() -> None:
     )
     first = next(iter(calls))
     print(f"ResNet-50, batch {args.batch}, {args.size} px, {where}, torch {torch.__version__}\n")
-    print("| | ms | x bare | peak MiB | x bare |\n|---|---|---|---|---|")
-    for name in calls:
-        ratio = median(t / b for t, b in zip(times[name], times[first], strict=True))
-        print(
-            f"| {name} | {median(times[name]):.0f} | {ratio:.2f} | {memory[name] / 2**20:.1f} | "
-            f"{memory[name] / memory[first]:.3f} |"
-        )
+    table(times, memory)
     for name, most in {
         "LayerFam": 1.2,
         "FAM": 1.2,
@@ -219,6 +273,7 @@ def main() -> None:
         # Were the partners' as low, the measurement would be blind.
         found = memory[name] / memory["LayerFam"]
         assert found > 1.5, f"{name} holds only {found:.2f} x the memory of LayerFam"
+    transformer(args)
     pairs(net, net.layer4, args)
 
 

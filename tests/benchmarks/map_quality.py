@@ -20,7 +20,6 @@ On images of your own (CUB, ImageNet, ...), one network, intervals over images:
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import time
 from pathlib import Path
@@ -219,9 +218,7 @@ def _write(
     parts += [report.cape_section(facts, own, vanilla)]
     parts += [f"## In words, by rule\n\n{verdict.benchmarks_page(summary)}"]
     (options.out / "map_quality.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    text = json.dumps(summary, indent=1)
-    # One line for the values of one measure.
-    text = "\n".join(_joined(text.splitlines())) + "\n"
+    text = report.as_text(summary)
     (options.out / SUMMARY.name).write_text(text, encoding="utf-8")
     drawn = {
         kind: {label: rows[label] for label in rows if label in verdict.SHOWN}
@@ -235,18 +232,6 @@ def _write(
             page.write_text(written, encoding="utf-8")
         pictures = ROOT / "compat_examples" / "pictures"
         (pictures / "map_quality.png").write_bytes((options.out / "map_quality.png").read_bytes())
-
-
-def _joined(lines: list[str]) -> list[str]:
-    """Lines of JSON, every list of numbers on one of them."""
-    found: list[str] = []
-    for line in lines:
-        inside = bool(found) and found[-1].count("[") > found[-1].count("]")
-        if inside:
-            found[-1] += ("" if line.strip().startswith("]") else " ") + line.strip()
-        else:
-            found.append(line)
-    return [line.replace("[ ", "[") for line in found]
 
 
 def _preamble(measured: dict[str, Any], seconds: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -67,6 +68,18 @@ def summary(
         },
         "cape": short(cape, list(cape), ["average drop", "top-2 overlap"]),
     }
+
+
+def as_text(summary: dict[str, Any]) -> str:
+    """A summary as JSON, every list of numbers on one line."""
+    found: list[str] = []
+    for line in json.dumps(summary, indent=1).splitlines():
+        inside = bool(found) and found[-1].count("[") > found[-1].count("]")
+        if inside:
+            found[-1] += ("" if line.strip().startswith("]") else " ") + line.strip()
+        else:
+            found.append(line)
+    return "\n".join(line.replace("[ ", "[") for line in found) + "\n"
 
 
 def similarity_section(kind: str, accuracy: list[float], rows: Rows) -> str:

@@ -107,7 +107,7 @@ def cape_sentence(summary: Summary) -> str:
     apart = word(gain(rows["CAPE"]["top-2 overlap"], rows["Grad-CAM"]["top-2 overlap"], -1, 2))
 
     def mean(method: str, measure: str) -> str:
-        return _number(over_networks(rows[method][measure]).value)
+        return number(over_networks(rows[method][measure]).value)
 
     return (
         f"As a mask CAPE's map is, to a random one: {mask} (average drop "
@@ -126,7 +126,7 @@ def table(summary: Summary, rows: list[str]) -> str:
         for measured in kinds.values():
             columns = measured["rows"][label]
             means = [over_networks(columns[m]).value for m in ("energy", "point", "auc")]
-            cells.append(" / ".join(map(_number, means)))
+            cells.append(" / ".join(map(number, means)))
         lines.append(f"| {_named(label)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -141,7 +141,7 @@ def gains(summary: Summary) -> str:
             for measure, (_, better) in JUDGED.items():
                 found = gain(rows[first][measure], rows[second][measure], better)
                 bold = "**" if found.sign else ""
-                cells.append(f"{bold}{_signed(found.value)} ± {_number(found.half)}{bold}")
+                cells.append(f"{bold}{signed(found.value)} ± {number(found.half)}{bold}")
             lines.append(f"| {title}: {kind} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -170,10 +170,10 @@ def benchmarks_page(summary: Summary) -> str:
     return "\n\n".join([*parts, f"**CAPE.** {cape_sentence(summary)}"])
 
 
-def insert(page: str, block: str) -> str:
-    """A page with another block between its two markers."""
+def insert(page: str, block: str, source: str = "map_quality.json") -> str:
+    """A page with another block between the two markers of a source."""
     found = re.subn(
-        r"(<!-- by rule from map_quality.json -->\n).*?(<!-- end -->)",
+        rf"(<!-- by rule from {re.escape(source)} -->\n).*?(<!-- end -->)",
         lambda match: f"{match[1]}{block}\n{match[2]}",
         page,
         flags=re.DOTALL,
@@ -193,10 +193,12 @@ def _named(label: str) -> str:
     return ", ".join([f"`{name}`" if ours else name, *rest])
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
+    """Three digits, as the tables show them."""
     text = f"{round(value, 3) + 0:.3f}" if abs(value) < 10 else f"{value:.1f}"  # no minus zero
     return text.replace("0.", ".", 1) if text.lstrip("-").startswith("0.") else text
 
 
-def _signed(value: float) -> str:
-    return ("" if _number(value).startswith("-") else "+") + _number(value)
+def signed(value: float) -> str:
+    """The same with its sign."""
+    return ("" if number(value).startswith("-") else "+") + number(value)
