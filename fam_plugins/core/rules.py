@@ -73,6 +73,8 @@ class Rule:
             maps = weights * activations[:, None]
         elif weights.shape[-1] == 1:
             maps = torch.bmm(weights[..., 0], activations)[:, :, None]
+        elif weights.shape[1] == 1:  # einsum would take a small product per region
+            maps = (weights * activations[:, None]).sum(dim=2, keepdim=True)
         else:
             maps = torch.einsum("bkcr,bcr->bkr", weights, activations)[:, :, None]
         return maps - maps.mean(dim=-1, keepdim=True) if self.centred else maps
@@ -87,6 +89,8 @@ def fam_weights(activations: Tensor, gradients: Tensor) -> Tensor:
     """
     if gradients.shape[3] == 1:
         contributions = gradients[..., 0] * activations.sum(dim=2)[:, None]
+    elif gradients.shape[1] == 1:
+        contributions = (gradients * activations[:, None]).sum(dim=3)
     else:
         contributions = torch.einsum("bcr,bkcr->bkc", activations, gradients)
     low = contributions.amin(dim=2, keepdim=True)
