@@ -14,6 +14,7 @@ Whatever the weights, rule="gradcam" is pytorch-grad-cam's own map, which is che
 from __future__ import annotations
 
 import argparse
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,8 +57,8 @@ def backbones(args: argparse.Namespace) -> Iterator[Backbone]:
     yield Backbone("mobilenet_v2", convnet, "features", args.mean, args.std, warning)
     # Swin's embedding is the mean of its normalised map: exact at "norm".
     yield from_timm(timm, "swin_tiny_patch4_window7_224", "norm")
-    # ViT's embedding is its class token, which reads the patches through the last attention.
-    yield from_timm(timm, "vit_small_patch16_224", "blocks.11.norm1")
+    # ViT's embedding is its class token, which has read most of the patches before the last block.
+    yield from_timm(timm, "vit_small_patch16_224", "blocks.5")
 
 
 def from_timm(timm: ModuleType, name: str, layer: str) -> Backbone:
@@ -113,6 +114,8 @@ def main() -> None:
         images = T.normalize(query, backbone.mean, backbone.std).to(args.device)
         shots = T.normalize(references, backbone.mean, backbone.std).to(args.device)
 
+        if backbone.warning:  # how much of a random score the patches carry means nothing either
+            warnings.filterwarnings("ignore", message="the regions carry")
         model = SimilarityModel(encoder, shots, contrast="others")
         explainer = LayerFam(model, backbone.layer, rule="centred", reshape_transform="auto")
         maps = [explainer.attribute(images, target=j) for j in range(2)]
