@@ -10,6 +10,7 @@ import argparse
 import atexit
 import os
 import tempfile
+import warnings
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -42,7 +43,14 @@ def arguments(description: str, model: str, **defaults: str) -> argparse.Namespa
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
+    if args.random:
+        expect_random()
     return args
+
+
+def expect_random() -> None:
+    """Of random weights it is no news how little of a score the patches carry."""
+    warnings.filterwarnings("ignore", message="the regions carry")
 
 
 def import_library(name: str, package: str) -> ModuleType:

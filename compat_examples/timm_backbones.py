@@ -14,7 +14,6 @@ Whatever the weights, rule="gradcam" is pytorch-grad-cam's own map, which is che
 from __future__ import annotations
 
 import argparse
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from types import ModuleType
 
 import pretrained
 import torch
-from hub import PHOTOGRAPHS, RANDOM, energy_on, import_library, photographs
+from hub import PHOTOGRAPHS, RANDOM, energy_on, expect_random, import_library, photographs
 from pytorch_grad_cam import GradCAM
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import Tensor, nn
@@ -114,8 +113,8 @@ def main() -> None:
         images = T.normalize(query, backbone.mean, backbone.std).to(args.device)
         shots = T.normalize(references, backbone.mean, backbone.std).to(args.device)
 
-        if backbone.warning:  # how much of a random score the patches carry means nothing either
-            warnings.filterwarnings("ignore", message="the regions carry")
+        if backbone.warning:
+            expect_random()
         model = SimilarityModel(encoder, shots, contrast="others")
         explainer = LayerFam(model, backbone.layer, rule="centred", reshape_transform="auto")
         maps = [explainer.attribute(images, target=j) for j in range(2)]
