@@ -26,7 +26,6 @@ import warnings
 from collections.abc import Callable
 from statistics import median
 
-import timm
 import torch
 import torchvision
 from captum.attr import LayerGradCam
@@ -159,6 +158,8 @@ def pairs(net: torch.nn.Module, layer: torch.nn.Module, args: argparse.Namespace
 
 def transformer(args: argparse.Namespace) -> None:
     """Print the table of ViT-S/16; fails where a late layer holds the memory of an early one."""
+    import timm  # only here: the tests borrow from this file without it
+
     net = timm.create_model("vit_small_patch16_224", num_classes=0, img_size=args.size)
     net = net.eval().to(args.device)
     images = torch.randn(args.batch, 3, args.size, args.size, device=args.device)
