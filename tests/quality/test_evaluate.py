@@ -86,7 +86,7 @@ def test_every_kind_of_explainer_and_nothing_left_behind():
         adds_up = label == "LayerFam"
         assert np.isfinite(columns["additivity"]).all() == adds_up
     assert found.values["LayerFam"]["additivity"].max() < 1e-5
-    np.testing.assert_allclose(found.values["function"]["sensitivity"], 1)
+    np.testing.assert_allclose(found.values["function"]["sensitivity"], 1, rtol=1e-5)
     for name in found.values["rule"]:
         if name != "additivity":
             ours, adapter = found.values["rule"][name], found.values["FAM"][name]
