@@ -54,14 +54,11 @@ def crops() -> tuple[Tensor, list[str]]:
 
 def main() -> None:
     args = hub.arguments(__doc__.splitlines()[0], "facebook/dinov2-small")
-    transformers = hub.import_library("transformers", "transformers")
+    hub.import_library("transformers", "transformers")
     name = small_model() if args.random else args.model
 
-    encoder = hub.loaded(lambda: transformers.AutoModel.from_pretrained(name), args.model)
-    processor = hub.loaded(
-        lambda: transformers.AutoImageProcessor.from_pretrained(name), args.model
-    )
-    encoder = encoder.eval().to(args.device)
+    encoder, processor = hub.encoder_and_processor(name, args.model)
+    encoder = encoder.to(args.device)
     gallery, names = crops()
     query, _ = hub.photographs()
     given = processor(images=hub.pictures(gallery), return_tensors="pt")

@@ -80,6 +80,15 @@ def loaded(load: Callable[[], F], name: str) -> F:
         ) from error
 
 
+def encoder_and_processor(name: str, shown: str) -> tuple[Any, Any]:
+    """A model of transformers and its image processor, both by :func:`loaded`."""
+    import transformers  # by import_library before
+
+    model = loaded(lambda: transformers.AutoModel.from_pretrained(name), shown)
+    processor = loaded(lambda: transformers.AutoImageProcessor.from_pretrained(name), shown)
+    return model.eval(), processor
+
+
 def folder() -> Path:
     """A new folder, gone when the program ends."""
     made = tempfile.TemporaryDirectory()

@@ -37,14 +37,11 @@ def small_model() -> str:
 
 def main() -> None:
     args = hub.arguments(__doc__.splitlines()[0], "google/siglip-base-patch16-224")
-    transformers = hub.import_library("transformers", "transformers")
+    hub.import_library("transformers", "transformers")
     name = small_model() if args.random else args.model
 
-    siglip = hub.loaded(lambda: transformers.AutoModel.from_pretrained(name), args.model)
-    processor = hub.loaded(
-        lambda: transformers.AutoImageProcessor.from_pretrained(name), args.model
-    )
-    siglip = siglip.eval().to(args.device)
+    siglip, processor = hub.encoder_and_processor(name, args.model)
+    siglip = siglip.to(args.device)
     query, photos = hub.photographs()
     a = processor(images=hub.pictures(query.expand(2, -1, -1, -1)), return_tensors="pt")
     b = processor(images=hub.pictures(photos), return_tensors="pt")

@@ -160,8 +160,9 @@ class LayerFam(LayerAttribution):
             )
         pick = partial(select_scores, target=target)
         scores = ModelScores(self.forward_func, pick, batch_size(inputs))
-        forward = partial(run_forward, scores.forward, inputs, None, additional_forward_args)
-        one = self._pass(inputs, additional_forward_args, attribute_to_layer_input)
+        one, forward = self._start(
+            scores, inputs, additional_forward_args, attribute_to_layer_input
+        )
         (maps,) = one.explain(
             forward, inputs, scores.select, sum_channels=attr_dim_summation, **(grad_kwargs or {})
         )
@@ -202,8 +203,9 @@ class LayerFam(LayerAttribution):
         rule = rule if rule.adds_up else find_rule("additive")
         pick = partial(select_scores, target=target)
         scores = ModelScores(self.forward_func, pick, batch_size(inputs))
-        forward = partial(run_forward, scores.forward, inputs, None, additional_forward_args)
-        one = self._pass(inputs, additional_forward_args, attribute_to_layer_input, rule)
+        one, forward = self._start(
+            scores, inputs, additional_forward_args, attribute_to_layer_input, rule
+        )
         (maps,) = one.explain(forward, inputs, scores.select)
         parts = _parts(one, maps, scores, forward)
         return Decomposition.of(_shown(maps, False), parts, one.scores)
@@ -252,13 +254,9 @@ class LayerFam(LayerAttribution):
         """
         scores = ModelScores(self.forward_func)
         chosen = as_indices(indices, scores, batch_size(inputs), references_per_chunk)
+        one, forward = self._start(scores, inputs, additional_forward_args)
         (maps,) = map_references(
-            self._pass(inputs, additional_forward_args),
-            scores,
-            partial(run_forward, scores.forward, inputs, None, additional_forward_args),
-            inputs,
-            indices=chosen,
-            per_chunk=references_per_chunk,
+            one, scores, forward, inputs, indices=chosen, per_chunk=references_per_chunk
         )
         return _shown(maps, relu_attributions)
 
@@ -311,11 +309,18 @@ class LayerFam(LayerAttribution):
         """
         raise NotImplementedError("LayerFam has no asynchronous form: call attribute")
 
-    def _pass(self, inputs: Any, further: Any, at_input: bool = False, rule: Any = None) -> MapPass:
+    def _start(
+        self,
+        scores: ModelScores,
+        inputs: Any,
+        further: Any,
+        at_input: bool = False,
+        rule: Any = None,
+    ) -> tuple[MapPass, Callable[[], Any]]:
+        """A pass of the layer, which is found first if need be, and the call that it runs."""
         images = inputs if further is None else None  # further arguments may be per image
-        run = ModelScores(self.forward_func).forward
-        self.layer = choose_layer(self.forward_func, self.layer, run, images)
-        return MapPass(
+        self.layer = choose_layer(self.forward_func, self.layer, scores.forward, images)
+        one = MapPass(
             self.forward_func,
             [self.layer],
             rule or self.rule,
@@ -324,6 +329,7 @@ class LayerFam(LayerAttribution):
             smooth=self.smooth,
             tail=self.tail,
         )
+        return one, partial(run_forward, scores.forward, inputs, None, further)
 
 
 def _parts(
