@@ -189,6 +189,13 @@ class TestTargets:
         before.assert_unchanged(model)
 
 
+def _holds_a_graph(tensor):
+    try:
+        return tensor.grad_fn is not None
+    except RuntimeError:  # an undefined tensor, which torch 2.3 leaves about
+        return False
+
+
 class TestNoTrapOfBaseCam:
     def test_no_hook_lives_between_calls(self):
         model = similarity_model()
@@ -203,8 +210,8 @@ class TestNoTrapOfBaseCam:
         cam = FAM(similarity_model(), ["last"])
         cam(IMAGES, TARGETS)
         gc.collect()
-        alive = [o for o in gc.get_objects() if type(o) is torch.Tensor and o.grad_fn is not None]
-        assert not alive
+        tensors = [o for o in gc.get_objects() if type(o) is torch.Tensor]
+        assert not [tensor for tensor in tensors if _holds_a_graph(tensor)]
 
     def test_an_index_error_of_the_users_is_not_swallowed(self):
         with pytest.raises(IndexError, match="mine"), FAM(similarity_model(), ["last"]):
