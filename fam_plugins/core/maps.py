@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -47,8 +48,9 @@ class MapPass:
     rule's choice if left out.
 
     After :meth:`run`, ``activations`` holds the maps ``[B, C, ...]`` of each layer, detached; after
-    :meth:`maps`, ``scores`` holds what was explained, and behind a frozen tail ``constants`` what
-    no region carries of it, by name, ``[B]`` each.
+    :meth:`maps`, ``scores`` holds what was explained, ``sums`` of each layer what its regions carry
+    before any mean is subtracted, ``[B, c]``, and behind a frozen tail ``constants`` what no region
+    carries, by name, ``[B]`` each.
 
     Example:
         >>> net = nn.Sequential(nn.ReLU(), nn.Flatten(), nn.Linear(4, 2))
@@ -60,6 +62,7 @@ class MapPass:
     """
 
     scores: Tensor
+    sums: list[Tensor]
     constants: dict[str, Tensor]
 
     def __init__(
@@ -177,13 +180,13 @@ class MapPass:
         In at least float32: a sum over hundreds of channels in half precision loses what the map
         is about, the differences between regions. Then in the dtype of the layer.
         """
-        return [
-            tuple(
-                self._finished(activation, gradient, sum_channels)
-                for activation, gradient in zip(activations, of_layer, strict=True)
-            )
-            for activations, of_layer in zip(self.activations, gradients, strict=True)
-        ]
+        self.sums, found = [], []
+        for activations, of_layer in zip(self.activations, gradients, strict=True):
+            pairs = zip(activations, of_layer, strict=True)
+            maps, sums = zip(*(self._finished(*pair, sum_channels) for pair in pairs), strict=True)
+            self.sums.append(torch.stack(sums).sum(dim=0))
+            found.append(maps)
+        return found
 
     def pooled(self) -> Tensor:
         """The mean of the one layer's map over its regions, ``[B, C]``, in the graph."""
@@ -324,15 +327,21 @@ class MapPass:
             if part.numel():
                 self.constants[name] = part.sum(dim=1) + self.constants.get(name, 0)
 
-    def _finished(self, activation: Tensor, gradients: Tensor, sum_channels: bool) -> Tensor:
+    def _finished(
+        self, activation: Tensor, gradients: Tensor, sum_channels: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The maps of one tensor, and their sums ``[B, c]`` before any mean is subtracted."""
         wide = torch.promote_types(activation.dtype, torch.float32)
         regions = activation.flatten(2) if activation.dim() > 2 else activation[..., None]
         with torch.no_grad(), full_precision(activation.device):
-            maps = self.rule.apply(regions.to(wide), gradients.to(wide), sum_channels=sum_channels)
+            rule = replace(self.rule, centred=False)
+            maps = rule.apply(regions.to(wide), gradients.to(wide), sum_channels=sum_channels)
+            sums = maps.sum(dim=(2, 3))
+            maps = maps - maps.mean(dim=-1, keepdim=True) if self.rule.centred else maps
             maps = maps.reshape(*maps.shape[:3], *activation.shape[2:])
             if self._smooth:
                 maps = smoothed(maps, activation.dim() - 2)
-        return check_finite(maps.to(activation.dtype).contiguous())
+        return check_finite(maps.to(activation.dtype).contiguous()), sums
 
 
 def _is_differentiated(output: Any) -> bool:

@@ -102,6 +102,19 @@ TAILS = of(
     ("        if self._cut:\n", "        if False:\n"),
 )  # fmt: skip
 TAILS += of(
+    "core/maps.py",
+    "core/test_choose_layer.py core/test_decompose.py",
+    ("rule = replace(self.rule, centred=False)", "rule = self.rule"),
+    ("self.sums.append(torch.stack(sums).sum(dim=0))", "self.sums.append(sums[-1])"),
+)
+TAILS += of(
+    "core/decompose.py",
+    "core/test_choose_layer.py core/test_decompose.py",
+    ("not (rule.centred and TOKENS & {*constants})", "not TOKENS & {*constants}"),
+    ("least = 0.5 if rule.adds_up else 0.1", "least = 0.5"),
+)
+TAILS += of("core/rules.py", "core/test_tails.py", ('tail="norms",', 'tail="frozen",'))
+TAILS += of(
     "captum/layer_fam.py",
     "core/test_tails.py core/test_decompose.py",
     ("        parts |= one.constants\n", "        pass\n"),
