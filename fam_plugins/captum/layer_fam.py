@@ -61,8 +61,8 @@ class LayerFam(LayerAttribution):
             (norms, attention weights and gates, :func:`~fam_plugins.frozen_tail`; the default of
             ``additive``, because only this adds up), ``"norms"`` (the default of ``centred``,
             because on transformers it finds the match best in the package's benchmark), or
-            ``"true"`` (nothing; the default of the others). Behind pooling and linear layers all
-            three are the same.
+            ``"true"`` (no more than a ``frozen_tail()`` around the call; the default of the
+            others). Behind pooling and linear layers all three are the same.
 
     Raises:
         TypeError: If ``rule`` or ``reshape_transform`` is of no such kind.

@@ -107,12 +107,6 @@ TAILS += of(
     ("rule = replace(self.rule, centred=False)", "rule = self.rule"),
     ("self.sums.append(torch.stack(sums).sum(dim=0))", "self.sums.append(sums[-1])"),
 )
-TAILS += of(
-    "core/decompose.py",
-    "core/test_choose_layer.py core/test_decompose.py",
-    ("not (rule.centred and TOKENS & {*constants})", "not TOKENS & {*constants}"),
-    ("least = 0.5 if rule.adds_up else 0.1", "least = 0.5"),
-)
 TAILS += of("core/rules.py", "core/test_tails.py", ('tail="norms",', 'tail="frozen",'))
 TAILS += of(
     "captum/layer_fam.py",
@@ -153,9 +147,8 @@ DECOMPOSE = of(
     "core/decompose.py",
     "core/test_decompose.py core/test_choose_layer.py",
     ("least = 0.5", "least = 0.3"),
-    ("least = 0.1", "least = 0.9"),
+    ("else 0.1", "else 0.9"),
     ("rule.centred and TOKENS & {*constants}", "rule.centred"),
-    ("(s - sum(constants.values()), s)", "(s, s)"),
     ("if most in TOKENS:", "if False:"),
     ("            return\n", ""),
     (".sum(dim=0) - score", ".sum(dim=0) - score.abs()"),
