@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fam_plugins.core.frozen_tail import flat
+from fam_plugins.core.frozen_tail import check_visible, flat
 from fam_plugins.core.layer_pass import LayerPass, LayerTensors, fits_image
 from fam_plugins.core.messages import unknown_name, warn_user
 from fam_plugins.core.own_norm import hold_own_norm
@@ -85,6 +85,8 @@ class MapPass:
         self._model, self._regions, self._at_input = model, regions, at_input
         self._smooth = smooth
         self._pass = LayerPass(model, layers, at_input=at_input)
+        for name in self._pass.names if self.held is not None else ():
+            check_visible(model, name)
         self._given: Transform | str | None = transform
         self._transforms: list[Transform | None] = []
         self._noted = Frozen(freeze=self.rule.frozen)

@@ -107,6 +107,13 @@ TAILS += of(
     ("rule = replace(self.rule, centred=False)", "rule = self.rule"),
     ("self.sums.append(torch.stack(sums).sum(dim=0))", "self.sums.append(sums[-1])"),
 )
+TAILS += of(
+    "core/frozen_tail.py",
+    "core/test_tails.py",
+    ('return "_orig_mod" in inside or getattr', "return getattr"),
+    ("part = getattr(part, step, None)", "pass"),
+    ('"_compiled_call_impl", None) is not None', '"_compiled_call_impl", None) is False'),
+)
 TAILS += of("core/rules.py", "core/test_tails.py", ('tail="norms",', 'tail="frozen",'))
 TAILS += of(
     "captum/layer_fam.py",
