@@ -43,10 +43,9 @@ class LayerFam(LayerAttribution):
             it is found at the first images, by one more forward pass: the last map in front of
             pooling or attention pooling, for a class token the input of a middle block.
         device_ids: Accepted as in Captum; maps are computed on one device.
-        rule: ``"centred"`` (``additive`` minus its mean, with a ``tail`` of its own; the best rule
-            for finding what matches),
-            ``"additive"`` (signed; sums to the score), ``"gradcam"`` (as ``LayerGradCam``),
-            ``"fam"`` (published; channel weights in [0, 1], no ReLU), or a
+        rule: ``"centred"`` (``additive`` minus its mean, by a ``tail`` of its own; the best rule
+            for finding what matches), ``"additive"`` (signed; sums to the score), ``"gradcam"`` (as
+            ``LayerGradCam``), ``"fam"`` (published; channel weights in [0, 1], no ReLU), or a
             :class:`~fam_plugins.Rule`. Left out, ``"fam"`` with a warning, because it hardly
             depends on the target.
         reshape_transform: Rearranges what the layer gives into ``[B, C, ...]``. ``"auto"`` reads
