@@ -24,7 +24,7 @@ from fam_plugins.core.own_norm import hold_own_norm
 from fam_plugins.core.scores import full_precision
 from fam_plugins.core.similarity_model import ModelScores
 
-__all__ = ["as_indices", "map_references"]
+__all__ = ["PooledTail", "as_indices", "how_pooled", "map_references"]
 
 _IMAGES = 8
 """Images per group: bounds what different references for every image cost together."""
@@ -64,24 +64,15 @@ def map_references(
             if scores.model is None:  # the references of the others were counted before the pass
                 _check_range(indices, count)
             chosen = indices.to(end.device, copy=True)
-    # Behind a norm of the encoder's own, held constant, images share a matrix up to their lengths.
-    held = hold_own_norm(end) if scores.model is not None and one.rule.frozen else None
-    lengths = torch.ones_like(end[:, :1]) if held is None else held.to(end)
-    tail = None
-    if [len(maps) for maps in one.activations] == [1]:
-        tail = _find_pooled_tail(
-            lambda each: one.gradients(end, each * lengths, retain_graph=True)[0][0],
-            end,
-            count=chosen.shape[1],
-            per_chunk=per_chunk,
-        )
+    tail, lengths = how_pooled(one, scores, end, count=chosen.shape[1], per_chunk=per_chunk)
     chunks, sums, explained = [], [], []
     for part in torch.split(chosen, per_chunk, dim=1):
         with one.frozen():
             wanted, values = _directions(scores, end, part)
         explained.append(values)
         if tail is not None:
-            gradients = [[tail.gradients(wanted / lengths[:, None])]]
+            shared = wanted if lengths is None else wanted / lengths[:, None]
+            gradients = [[tail.gradients(shared)]]
         else:
             gradients = one.gradients(end, wanted.transpose(0, 1), retain_graph=True)
         chunks.append(one.finish(gradients))
@@ -96,6 +87,26 @@ def map_references(
         shares = [(torch.cat(of_layer, dim=1), total) for of_layer in zip(*sums, strict=True)]
         warn_of_coverage(one.rule, one.constants, *shares)
     return found
+
+
+def how_pooled(
+    one: MapPass, scores: ModelScores, end: Tensor, *, count: int, per_chunk: int
+) -> tuple[PooledTail | None, Tensor | None]:
+    """The pooled tail of a pass that ended in ``end``, if worth finding for ``count`` directions.
+
+    Behind a norm of the encoder's own, held constant, images share it up to their lengths
+    ``[B, 1]``; ``None`` where there is no such norm.
+    """
+    held = hold_own_norm(end) if scores.model is not None and one.rule.frozen else None
+    lengths = None if held is None else held.to(end)
+    if [len(maps) for maps in one.activations] != [1]:
+        return None, lengths
+
+    def backward(each: Tensor) -> Tensor:
+        each = each if lengths is None else each * lengths
+        return one.gradients(end, each, retain_graph=True)[0][0]
+
+    return _find_pooled_tail(backward, end, count=count, per_chunk=per_chunk), lengths
 
 
 def as_indices(indices: Any, scores: ModelScores, batch: int, per_chunk: int) -> Tensor | None:

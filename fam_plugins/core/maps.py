@@ -25,7 +25,7 @@ from fam_plugins.core.smooth import smoothed
 from fam_plugins.core.tail_constants import TailConstants
 from fam_plugins.core.transforms import Transform, prefix_of, transform_for
 
-__all__ = ["TAILS", "MapPass", "batch_size", "check_finite", "check_tail"]
+__all__ = ["TAILS", "MapPass", "batch_size", "check_finite", "check_tail", "maps_of"]
 
 T = TypeVar("T")
 
@@ -83,12 +83,12 @@ class MapPass:
         self._cut = False
         self.activations: list[LayerTensors] = []
         self._model, self._regions, self._at_input = model, regions, at_input
-        self._smooth = smooth
+        self.smooth = smooth
         self._pass = LayerPass(model, layers, at_input=at_input)
         for name in self._pass.names if self.held is not None else ():
             check_visible(model, name)
         self._given: Transform | str | None = transform
-        self._transforms: list[Transform | None] = []
+        self.transforms: list[Transform | None] = []
         self._noted = Frozen(freeze=self.rule.frozen)
 
     def run(self, forward: Callable[[], T], images: Any) -> T:
@@ -106,7 +106,7 @@ class MapPass:
             transform = None if isinstance(self._given, str) else self._given
             if isinstance(self._given, str) and [len(part) for part in given] == [batch]:
                 transform = self._told(index, given[0].shape, shape)
-            self._transforms.append(transform)
+            self.transforms.append(transform)
             arranged = self._arranged(index, given)
             self._check(one.names[index], transform, arranged, batch)
             self.activations.append(arranged)
@@ -177,11 +177,7 @@ class MapPass:
     def finish(
         self, gradients: list[list[Tensor]], *, sum_channels: bool = True
     ) -> list[LayerTensors]:
-        """Gradients ``[B, c, C, R or 1]`` -> for each layer its maps ``[B, c, 1 or C, ...]``.
-
-        In at least float32: a sum over hundreds of channels in half precision loses what the map
-        is about, the differences between regions. Then in the dtype of the layer.
-        """
+        """Gradients ``[B, c, C, R or 1]`` -> for each layer its maps ``[B, c, 1 or C, ...]``."""
         self.sums, found = [], []
         for activations, of_layer in zip(self.activations, gradients, strict=True):
             pairs = zip(activations, of_layer, strict=True)
@@ -273,7 +269,7 @@ class MapPass:
 
     def _arranged(self, index: int, given: Sequence[Tensor]) -> LayerTensors:
         """What a layer gave, or its gradient, as maps ``[B, C, ...]``."""
-        transform = self._transforms[index]
+        transform = self.transforms[index]
         if transform is None:
             return tuple(given)
         return (transform(given[0] if len(given) == 1 else tuple(given)),)
@@ -298,7 +294,7 @@ class MapPass:
 
     def _columns(self, index: int, tensors: list[Tensor]) -> list[Tensor]:
         """Gradients ``[c, B, ...]`` of what a layer gave -> of its maps, ``[B, c, C, R]``."""
-        if self._transforms[index] is not None:
+        if self.transforms[index] is not None:
             steps = zip(*tensors, strict=True)
             arranged = torch.stack([self._arranged(index, step)[0] for step in steps])
             if self._constants is not None and len(arranged) == 1 and len(tensors) == 1:
@@ -319,7 +315,7 @@ class MapPass:
 
     def _count_dropped(self, index: int, gradient: Tensor) -> None:
         """Name the shares of tokens that stand for no place, which the transform drops."""
-        skip = getattr(self._transforms[index], "skip", 0)
+        skip = getattr(self.transforms[index], "skip", 0)
         tokens = self._pass.tracked[index][0].detach()[:, :skip]
         shares = (tokens * gradient[:, :skip]).sum(dim=2)
         kinds = prefix_of(self._model, self._pass.layers[index])
@@ -332,18 +328,32 @@ class MapPass:
     def _finished(
         self, activation: Tensor, gradients: Tensor, sum_channels: bool
     ) -> tuple[Tensor, Tensor]:
-        """The maps of one tensor, and their sums ``[B, c]`` before any mean is subtracted."""
-        wide = torch.promote_types(activation.dtype, torch.float32)
-        regions = activation.flatten(2) if activation.dim() > 2 else activation[..., None]
-        with torch.no_grad(), full_precision(activation.device):
-            rule = replace(self.rule, centred=False)
-            maps = rule.apply(regions.to(wide), gradients.to(wide), sum_channels=sum_channels)
-            sums = maps.sum(dim=(2, 3))
-            maps = maps - maps.mean(dim=-1, keepdim=True) if self.rule.centred else maps
-            maps = maps.reshape(*maps.shape[:3], *activation.shape[2:])
-            if self._smooth:
-                maps = smoothed(maps, activation.dim() - 2)
-        return check_finite(maps.to(activation.dtype).contiguous()), sums
+        maps, sums = maps_of(
+            self.rule, activation, gradients, self.smooth, sum_channels=sum_channels
+        )
+        return check_finite(maps), sums
+
+
+def maps_of(
+    rule: Rule, activation: Tensor, gradients: Tensor, smooth: bool, *, sum_channels: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Activation ``[B, C, ...]``, gradients ``[B, k, C, R or 1]`` -> maps ``[B, k, 1 or C, ...]``.
+
+    In at least float32: a sum over hundreds of channels in half precision loses what the map
+    is about, the differences between regions. Then in the dtype of the layer. With them their sums
+    ``[B, k]`` before any mean is subtracted.
+    """
+    wide = torch.promote_types(activation.dtype, torch.float32)
+    regions = activation.flatten(2) if activation.dim() > 2 else activation[..., None]
+    with torch.no_grad(), full_precision(activation.device):
+        plain = replace(rule, centred=False)
+        maps = plain.apply(regions.to(wide), gradients.to(wide), sum_channels=sum_channels)
+        sums = maps.sum(dim=(2, 3))
+        maps = maps - maps.mean(dim=-1, keepdim=True) if rule.centred else maps
+        maps = maps.reshape(*maps.shape[:3], *activation.shape[2:])
+        if smooth:
+            maps = smoothed(maps, activation.dim() - 2)
+    return maps.to(activation.dtype).contiguous(), sums
 
 
 def _is_differentiated(output: Any) -> bool:

@@ -23,11 +23,12 @@ _MOVES = re.compile(
 _LONGEST = 8
 
 
-def hold_own_norm(embeddings: Tensor) -> Tensor | None:
+def hold_own_norm(embeddings: Tensor, *, known: bool = False) -> Tensor | None:
     """Hold the last norm in the graph of embeddings ``[B, D]`` constant in its backward pass.
 
     Returns the lengths ``[N, 1]`` that it divided by (of ``N`` embeddings, of which these may be
-    some); ``None`` where the encoder does not end in a norm, and the graph is as it was.
+    some); ``None`` where the encoder does not end in a norm, and the graph is as it was. What ends
+    in a quotient is ``known`` to end in a norm, or the values tell.
 
     Example:
         >>> x = torch.tensor([[3.0, 4.0]], requires_grad=True)
@@ -51,7 +52,7 @@ def hold_own_norm(embeddings: Tensor) -> Tensor | None:
     # What divides by anything else than its length, such as a gate, is no norm.
     rows = embeddings.detach().to(torch.promote_types(embeddings.dtype, torch.float32))
     is_unit = (torch.linalg.vector_norm(rows, dim=1) - 1).abs() < 1e-2
-    if not (is_unit | (rows == 0).all(dim=1)).all():
+    if not known and not (is_unit | (rows == 0).all(dim=1)).all():
         return None
 
     def hold(gradients: tuple[Tensor, ...], _: Any) -> tuple[Tensor | None, ...]:

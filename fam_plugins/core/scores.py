@@ -32,12 +32,14 @@ class Frozen:
     lengths that the encoder divided by, if it ends in a norm. A second pass over the same inputs
     can replay them, so that both passes evaluate the very same linear function: that is how the
     constant term of a score is measured. Without ``freeze`` scores are only noted: whether any was
-    ``contrasted``, and, where length does not matter, which rows are ``zero``.
+    ``contrasted``, and, where length does not matter, which rows are ``zero``. ``traced``: there
+    are no values to check, only shapes.
     """
 
     points: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)
     freeze: bool = True
     contrasted: bool = False
+    traced: bool = False
     zero: list[Tensor] = field(default_factory=list)
     _replay: Iterator[tuple[Tensor, Tensor | None]] | None = None
 
@@ -130,7 +132,8 @@ def score(
     """
     chosen = similarity if isinstance(similarity, Similarity) else as_similarity(similarity)
     frozen = ACTIVE.get()
-    check_embeddings(embeddings, width=references.shape[1])
+    if frozen is None or not frozen.traced:
+        check_embeddings(embeddings, width=references.shape[1])
     given = torch.promote_types(embeddings.dtype, references.dtype)
     wide = torch.promote_types(given, torch.float32)
     with full_precision(embeddings.device):
@@ -209,7 +212,7 @@ def embed(
             "pooling, nn.Sequential(encoder, nn.AdaptiveAvgPool2d(1), nn.Flatten()), or pick a "
             "token, SimilarityModel(..., output=lambda out: out.last_hidden_state[:, 0])"
         )
-    if len(embeddings) != len(images):
+    if embeddings.shape[0] != images.shape[0]:  # len() would fix a traced batch
         raise ValueError(
             f"the encoder returns {len(embeddings)} embeddings for {len(images)} inputs: "
             "a single image needs a batch dimension (image[None])"
