@@ -104,7 +104,7 @@ TAILS = of(
 TAILS += of(
     "core/maps.py",
     "core/test_choose_layer.py core/test_decompose.py",
-    ("rule = replace(self.rule, centred=False)", "rule = self.rule"),
+    ("plain = replace(rule, centred=False)", "plain = rule"),
     ("self.sums.append(torch.stack(sums).sum(dim=0))", "self.sums.append(sums[-1])"),
 )
 TAILS += of(
@@ -287,7 +287,7 @@ ENCODERS = [
         ("found.dim() == 4 and found.shape[2:] == (1, 1)", "found.dim() == 4"),
         ('"pixel_values", "pixel_attention_mask", "spatial_shapes"',
          '"pixel_attention_mask", "pixel_values", "spatial_shapes"'),
-        (' and hasattr(encoder, "encode_text"):', ":"),
+        (' and hasattr(model, "encode_text")', ""),
         ('takes != "pixel_values" or ', ""),
     ),
     *of(
