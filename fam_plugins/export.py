@@ -173,7 +173,7 @@ class _Recorded:
 
     def _maps(self, given: Tensor, gradients: Tensor) -> Tensor:
         activation = self.transform(given.detach())
-        return maps_of(self.rule, activation, gradients, self.smooth)[:, :, 0]
+        return maps_of(self.rule, activation, gradients, self.smooth)[0][:, :, 0]
 
     def _slopes(self, end: Tensor) -> tuple[Tensor, Tensor]:
         """Scores ``[B, N]`` of what the model ends in ``[B, M]``, their gradients ``[B, N, M]``."""
