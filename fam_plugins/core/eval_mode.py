@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 
 import torch
 from torch import nn
@@ -39,9 +40,9 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
         parts = [part for part in module.modules() if part.training or part in _held]
         for part in parts:
             _held[part] = _held.get(part, 0) + 1
+            # Not eval(), which walks the whole tree, and may do more than can be given back.
+            part.training = False
     try:
-        if parts:
-            module.eval()
         yield
     finally:
         with _lock:
@@ -54,7 +55,7 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
 
 def place_of(module: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
     """Device and floating dtype of a module's weights; ``None`` where it has none."""
-    for tensor in (*module.parameters(), *module.buffers()):
+    for tensor in chain(module.parameters(), module.buffers()):
         if tensor.is_floating_point():
             return tensor.device, tensor.dtype
     return None, None

@@ -107,8 +107,11 @@ class FAM(OnePassCAM):
 
     def run_pass(self, input_tensor: Tensor) -> tuple[MapPass, Any]:
         """Run the model once; return the pass and the model's output."""
-        one = self._start(input_tensor)
-        return one, one.run(lambda: self.model(input_tensor), input_tensor)
+        one, scores = self._start(input_tensor), ModelScores(self.model)
+        end = one.run(lambda: scores.forward(input_tensor), input_tensor)
+        # Scored behind the pass, where nothing looks at every operation.
+        with one.frozen(), torch.inference_mode(False), torch.enable_grad():
+            return one, end if scores.model is None else scores.model.score(end)
 
     def _start(self, images: Tensor) -> MapPass:
         run = ModelScores(self.model).forward
@@ -173,8 +176,7 @@ class FAM(OnePassCAM):
         check_images(input_tensor)
         scores = ModelScores(self.model)
         chosen = as_indices(indices, scores, len(input_tensor), references_per_chunk)
-        if self.device is not None:
-            input_tensor = input_tensor.to(self.device)
+        input_tensor = input_tensor.to(self.device)
         with eval_mode(self.model):
             found = map_references(
                 self._start(input_tensor),
