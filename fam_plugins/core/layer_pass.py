@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 from torch.utils.hooks import RemovableHandle
 
 from fam_plugins.core.messages import unknown_name
@@ -168,7 +169,10 @@ class LayerPass:
 
 
 def products(
-    output: Tensor, inputs: Sequence[Tensor], cotangents: Tensor, **grad_kwargs: Any
+    output: Tensor,
+    inputs: Sequence[Tensor] | Sequence[GradientEdge],
+    cotangents: Tensor,
+    **grad_kwargs: Any,
 ) -> list[Tensor | None]:
     """Vector-Jacobian products for cotangents ``[c, *output.shape]``: per input ``[c, ...]``.
 

@@ -44,7 +44,8 @@ class MapPass:
     have ``regions`` dimensions of regions or more; with any, there is one map per layer. ``smooth``
     averages every map with its neighbours. ``tail`` says what is held constant behind the layers:
     norms, attention weights and gates (``"frozen"``), ``"norms"``, or nothing (``"true"``); the
-    rule's choice if left out.
+    rule's choice if left out. Without ``again``, what needs a second pass (:meth:`constant`,
+    :meth:`is_affine`) is not to be asked for, and no state of random numbers is kept for it.
 
     After :meth:`run`, ``activations`` holds the maps ``[B, C, ...]`` of each layer, detached; after
     :meth:`maps`, ``scores`` holds what was explained, and behind a frozen tail ``constants`` what
@@ -73,6 +74,7 @@ class MapPass:
         regions: int = 0,
         smooth: bool = False,
         tail: str | None = None,
+        again: bool = True,
     ) -> None:
         self.rule = rule if isinstance(rule, Rule) else find_rule(rule)
         self.held = TAILS[self.rule.tail if tail is None else tail]
@@ -80,19 +82,20 @@ class MapPass:
         self._cut = False
         self.activations: list[LayerTensors] = []
         self._model, self._regions, self._at_input = model, regions, at_input
-        self._smooth = smooth
+        self._smooth, self._may_again = smooth, again
         self._pass = LayerPass(model, layers, at_input=at_input)
         self._given: Transform | str | None = transform
         self._transforms: list[Transform | None] = []
-        self._noted = Frozen(freeze=self.rule.frozen)
+        self.noted = Frozen(freeze=self.rule.frozen, deferred=True)
 
     def run(self, forward: Callable[[], T], images: Any) -> T:
         """Run the model once on images, a tensor or a tuple of tensors that starts with one."""
         batch = batch_size(images)
         inputs = images if isinstance(images, tuple) else (images,)
-        in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-        cuda = torch.cuda.get_rng_state_all() if in_use else []
-        self._draws = torch.get_rng_state(), cuda
+        if self._may_again:
+            in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+            cuda = torch.cuda.get_rng_state_all() if in_use else []
+            self._draws = torch.get_rng_state(), cuda
         output = self._run(forward, batch)
         one = self._pass
         shape = next((tensor.shape for tensor in inputs if tensor.dim() == 4), None)
@@ -137,7 +140,7 @@ class MapPass:
 
     def frozen(self) -> AbstractContextManager[object]:
         """Within the block, scores are noted, and frozen if the rule asks for it."""
-        return nullcontext() if ACTIVE.get() is self._noted else frozen_scores(self._noted)
+        return nullcontext() if ACTIVE.get() is self.noted else frozen_scores(self.noted)
 
     def explain(
         self, forward: Callable[[], T], images: Any, score: Callable[[T], Tensor], **options: Any
@@ -147,12 +150,17 @@ class MapPass:
             return self.maps(partial(score, self.run(forward, images)), **options)
 
     def maps(
-        self, score: Callable[[], Tensor], *, sum_channels: bool = True, **grad_kwargs: Any
+        self,
+        score: Callable[[], Tensor],
+        *,
+        sum_channels: bool = True,
+        settle: bool = True,
+        **grad_kwargs: Any,
     ) -> list[LayerTensors]:
         """Maps ``[B, 1 or C, ...]`` of each layer, finite and contiguous, of scores ``[B]``.
 
         ``score`` computes them from the output of :meth:`run`; every image may contribute to its
-        own score only.
+        own score only. Without ``settle`` values are not checked before ``noted.settle()``.
         """
         with self.frozen(), torch.inference_mode(False), torch.enable_grad():
             scores = score()
@@ -160,6 +168,8 @@ class MapPass:
         self.scores = scores.detach()
         self.warn()
         maps = self.finish(gradients, sum_channels=sum_channels)
+        if settle:
+            self.noted.settle()
         return [tuple(part[:, 0] for part in parts) for parts in maps]
 
     def gradients(self, end: Tensor, cotangents: Tensor, **grad_kwargs: Any) -> list[list[Tensor]]:
@@ -243,7 +253,7 @@ class MapPass:
 
     def replayed(self) -> AbstractContextManager[object]:
         """Within the block, scores are the linear functions that :meth:`maps` explained."""
-        return frozen_scores(self._noted, replay=True)
+        return frozen_scores(self.noted, replay=True)
 
     def warn(self) -> None:
         """Warn of embeddings of zeros, and of the published rule with a contrast set."""
@@ -252,15 +262,10 @@ class MapPass:
                 "what the model returns is held constant by a frozen tail (a softmax, a norm?): "
                 'this map follows the true gradient, tail="true"; explain logits for exact shares'
             )
-        batch = len(self.activations[0][0])
-        zero = torch.cat(self._noted.zero)[:batch].tolist() if self._noted.zero else []
-        if any(zero):
-            rows = ", ".join(str(row) for row, none in enumerate(zero) if none)
-            warn_user(
-                f"embedding row {rows} is all zero (a black or masked image?): it has no "
-                "direction, so its score is 0 and its map is zero"
-            )
-        if self.rule is RULES["fam"] and self._noted.contrasted:
+        if self.noted.zero:
+            zero = torch.cat(self.noted.zero)[: len(self.activations[0][0])]
+            self.noted.doubt(zero.any(), partial(_warn_of_zeros, zero))
+        if self.rule is RULES["fam"] and self.noted.contrasted:
             warn_user(
                 'rule "fam" rescales every channel to [0, 1], which undoes the contrast: with '
                 'contrast use rule="centred" (recommended), "additive" or "gradcam"'
@@ -298,8 +303,8 @@ class MapPass:
             arranged = torch.stack([self._arranged(index, step)[0] for step in steps])
             if self._constants is not None and len(arranged) == 1 and len(tensors) == 1:
                 self._count_dropped(index, tensors[0][0])
-            dropped = len(tensors) == 1 and arranged.numel() < tensors[0].numel()
-            if dropped and not arranged.any() and tensors[0].any():
+
+            def refuse() -> None:
                 # A picture of nothing: after the last block a class token is the embedding, and
                 # no patch of that layer has a share in it.
                 raise ValueError(
@@ -309,6 +314,9 @@ class MapPass:
                     "encoder.layers[-1].ln_1), or embed by the mean of the patches (timm: "
                     'global_pool="avg")'
                 )
+
+            if len(tensors) == 1 and arranged.numel() < tensors[0].numel():
+                self.noted.doubt(tensors[0].any() & ~arranged.any(), refuse)
             tensors = [arranged]
         return [(g.flatten(3) if g.dim() > 3 else g[..., None]).transpose(0, 1) for g in tensors]
 
@@ -332,7 +340,15 @@ class MapPass:
             maps = maps.reshape(*maps.shape[:3], *activation.shape[2:])
             if self._smooth:
                 maps = smoothed(maps, activation.dim() - 2)
-        return check_finite(maps.to(activation.dtype).contiguous())
+        return check_finite(maps.to(activation.dtype).contiguous(), self.noted)
+
+
+def _warn_of_zeros(zero: Tensor) -> None:
+    rows = ", ".join(str(int(row)) for row in zero.nonzero())
+    warn_user(
+        f"embedding row {rows} is all zero (a black or masked image?): it has no direction, so its "
+        "score is 0 and its map is zero"
+    )
 
 
 def _is_differentiated(output: Any) -> bool:
@@ -358,11 +374,17 @@ def batch_size(inputs: Any) -> int:
     return len(first)
 
 
-def check_finite(attribution: Tensor) -> Tensor:
-    """Return a map of any shape as it is, or refuse NaN: pictures would show it as evidence."""
-    if not torch.isfinite(attribution).all():
+def check_finite(attribution: Tensor, noted: Frozen | None = None) -> Tensor:
+    """Return a map of any shape as it is, or refuse NaN: pictures would show it as evidence.
+
+    With ``noted`` it is a doubt of that pass.
+    """
+
+    def refuse() -> None:
         raise ValueError(
             "the map holds NaN or infinite values: check the input and the weights, and for "
             "float16 the range (bfloat16 or float32 have more)"
         )
+
+    (noted or Frozen()).doubt(~torch.isfinite(attribution).all(), refuse)
     return attribution

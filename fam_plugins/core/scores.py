@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import compress
 from typing import Any
 
 import torch
@@ -33,12 +34,17 @@ class Frozen:
     can replay them, so that both passes evaluate the very same linear function: that is how the
     constant term of a score is measured. Without ``freeze`` scores are only noted: whether any was
     ``contrasted``, and, where length does not matter, which rows are ``zero``.
+
+    What has to be checked is a :meth:`doubt`. Where they are ``deferred``, no value is read on the
+    device until :meth:`settle`, so that a GPU is never waited for in between.
     """
 
     points: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)
     freeze: bool = True
     contrasted: bool = False
     zero: list[Tensor] = field(default_factory=list)
+    deferred: bool = False
+    _doubts: list[tuple[Tensor, Callable[[], None]]] = field(default_factory=list)
     _replay: Iterator[tuple[Tensor, Tensor | None]] | None = None
 
     def at(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,6 +59,20 @@ class Frozen:
         if noted is not None and length is not None:
             embeddings = embeddings * (length / noted)  # as if divided by the noted length
         return embeddings, point
+
+    def doubt(self, flag: Tensor, act: Callable[[], None]) -> None:
+        """Note what to do, such as raise, if a bool on the device turns out to be true."""
+        self._doubts.append((flag, act))
+        if not self.deferred:
+            self.settle()
+
+    def settle(self) -> None:
+        """Read all doubts in one transfer, and act on those that are true, in their order."""
+        doubts, self._doubts = self._doubts, []
+        flags = [flag.to(doubts[0][0].device) for flag, _ in doubts]
+        read = torch.stack(flags).tolist() if flags else []
+        for _, act in compress(doubts, read):
+            act()
 
     @property
     def replaying(self) -> bool:
@@ -130,7 +150,7 @@ def score(
     """
     chosen = similarity if isinstance(similarity, Similarity) else as_similarity(similarity)
     frozen = ACTIVE.get()
-    check_embeddings(embeddings, width=references.shape[1])
+    check_embeddings(embeddings, width=references.shape[1], noted=frozen)
     given = torch.promote_types(embeddings.dtype, references.dtype)
     wide = torch.promote_types(given, torch.float32)
     with full_precision(embeddings.device):
@@ -152,11 +172,15 @@ def score(
         elif contrast is not None:
             scores = subtract_others(scores)
     narrow = scores.to(given)
-    if given == torch.float16 and not torch.isfinite(narrow).all():
+
+    def refuse() -> None:
         raise ValueError(
             f"scores up to {float(scores.abs().max()):.3g} do not fit into float16: score in "
             "bfloat16 or float32, or use cosine"
         )
+
+    if given == torch.float16:
+        (frozen or Frozen()).doubt(~torch.isfinite(narrow).all(), refuse)
     return narrow
 
 
@@ -230,9 +254,16 @@ def check_floats(given: object, what: str) -> None:
 
 
 def check_embeddings(
-    embeddings: Tensor, *, width: int | None = None, what: str = "embedding"
+    embeddings: Tensor,
+    *,
+    width: int | None = None,
+    what: str = "embedding",
+    noted: Frozen | None = None,
 ) -> None:
-    """Refuse what is no ``[B, D]``, embeddings of another width, or not finite."""
+    """Refuse what is no ``[B, D]``, embeddings of another width, or not finite.
+
+    With ``noted``, values are a doubt of that pass.
+    """
     if not isinstance(embeddings, Tensor) or embeddings.dim() != 2:
         kind = tuple(embeddings.shape) if isinstance(embeddings, Tensor) else type(embeddings)
         raise ValueError(f"{what} is {kind}, not a tensor [B, D]: a single one is z[None]")
@@ -242,10 +273,13 @@ def check_embeddings(
             "embed the references with the same encoder"
         )
     finite = torch.isfinite(embeddings.detach()).all(dim=1)
-    if not finite.all():
+
+    def refuse() -> None:
         rows = (~finite).nonzero().flatten().tolist()
         shown = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
         raise ValueError(
             f"{what} row {shown} holds NaN or infinite values: check the images, the weights, "
             "and for float16 the range"
         )
+
+    (noted or Frozen()).doubt(~finite.all(), refuse)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -125,16 +126,19 @@ class FAM(OnePassCAM):
             regions=2,
             smooth=self.smooth,
             tail=self.tail,
+            again=False,
         )
 
     def explain(
         self, one: MapPass, outputs: Any, targets: Sequence[Target], eigen_smooth: bool
     ) -> Iterator[tuple[Tensor, np.ndarray]]:
         """Explain a pass: for each target layer its map ``[B, 1, h, w]``, and as float32 array."""
-        found = one.maps(lambda: _scores(outputs, targets), sum_channels=not eigen_smooth)
+        score = partial(_scores, outputs, targets)
+        found = one.maps(score, sum_channels=not eigen_smooth, settle=False)
         if one.rule.adds_up or len(found) == 1:
             shares = [(region_sum(maps), one.scores) for maps in found]
-            warn_of_coverage(one.rule, one.constants, *shares)
+            warn_of_coverage(one.rule, one.constants, *shares, noted=one.noted)
+        one.noted.settle()
         for (maps,) in found:
             if eigen_smooth:
                 summed = check_finite(maps.sum(dim=1, keepdim=True))
