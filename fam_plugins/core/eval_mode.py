@@ -37,10 +37,17 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
     check_module(module)
     with _lock:
         # What is in eval mode by itself stays there, whoever comes and goes.
-        parts = [part for part in module.modules() if part.training or part in _held]
+        # Neither modules() nor eval(): in small networks either walk shows. And eval() may do more
+        # than can be given back.
+        seen, ahead, parts = set[nn.Module | None]({None}), [module], []
+        while ahead:
+            part = ahead.pop()
+            if part not in seen:
+                seen.add(part)
+                ahead += part._modules.values()  # type: ignore[arg-type]
+                parts += [part] if part.training or part in _held else []
         for part in parts:
             _held[part] = _held.get(part, 0) + 1
-            # Not eval(), which walks the whole tree, and may do more than can be given back.
             part.training = False
     try:
         yield

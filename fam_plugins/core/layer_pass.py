@@ -72,7 +72,7 @@ class LayerPass:
             for layer in self._names:
                 handles.append(self._watch(layer))
             # Leaving the block restores the caller's gradient mode, whatever the hooks set.
-            with self._entered, torch.inference_mode(False), torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad(), self._entered:
                 output = forward()
         finally:
             for handle in handles:

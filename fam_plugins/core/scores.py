@@ -216,6 +216,7 @@ def embed(
         images, *further = pixels_of(images)  # type: ignore[assignment]
     if isinstance(images, Tensor) and images.dim() > 0 and images.shape[0] == 0:
         raise ValueError("the batch is empty: pass at least one image")
+    count = len(images)  # before the pass, behind whose layer every look at a tensor is seen
     try:
         given = image_call(encoder)(images, *further, **(forward_kwargs or {}))
     except ValueError as error:  # of a batch norm, or of B, C, H, W = images.shape
@@ -227,15 +228,16 @@ def embed(
     embeddings = pick_embeddings(given, output)
     if not isinstance(embeddings, Tensor):
         raise TypeError(f"output= picks a {type(embeddings).__name__}, not a tensor [B, D]")
-    if embeddings.dim() != 2:
+    shape = embeddings.shape
+    if len(shape) != 2:
         raise ValueError(
-            f"the encoder returns shape {tuple(embeddings.shape)}, not embeddings [B, D]: append "
+            f"the encoder returns shape {tuple(shape)}, not embeddings [B, D]: append "
             "pooling, nn.Sequential(encoder, nn.AdaptiveAvgPool2d(1), nn.Flatten()), or pick a "
             "token, SimilarityModel(..., output=lambda out: out.last_hidden_state[:, 0])"
         )
-    if len(embeddings) != len(images):
+    if shape[0] != count:
         raise ValueError(
-            f"the encoder returns {len(embeddings)} embeddings for {len(images)} inputs: "
+            f"the encoder returns {shape[0]} embeddings for {count} inputs: "
             "a single image needs a batch dimension (image[None])"
         )
     return embeddings
@@ -272,10 +274,10 @@ def check_embeddings(
             f"the {what} has {embeddings.shape[1]} values and the references have {width}: "
             "embed the references with the same encoder"
         )
-    finite = torch.isfinite(embeddings.detach()).all(dim=1)
+    finite = torch.isfinite(embeddings.detach())
 
     def refuse() -> None:
-        rows = (~finite).nonzero().flatten().tolist()
+        rows = (~finite).any(dim=1).nonzero().flatten().tolist()
         shown = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
         raise ValueError(
             f"{what} row {shown} holds NaN or infinite values: check the images, the weights, "
