@@ -322,10 +322,11 @@ class MapPass:
 
     def _count_dropped(self, index: int, gradient: Tensor) -> None:
         """Name the shares of tokens that stand for no place, which the transform drops."""
-        skip = getattr(self._transforms[index], "skip", 0)
+        transform = self._transforms[index]
+        skip, kinds = getattr(transform, "skip", 0), getattr(transform, "kinds", None)
         tokens = self._pass.tracked[index][0].detach()[:, :skip]
         shares = (tokens * gradient[:, :skip]).sum(dim=2)
-        kinds = prefix_of(self._model, self._pass.layers[index])
+        kinds = prefix_of(self._model, self._pass.layers[index]) if kinds is None else kinds
         if sum(kinds.values()) != skip:  # a layout of the user's, or a layer before some are added
             kinds = {"class token": min(skip, 1), "registers": max(skip - 1, 0)}
         for name, part in zip(kinds, torch.split(shares, [*kinds.values()], dim=1), strict=True):
