@@ -161,18 +161,14 @@ class LayerFam(LayerAttribution):
         pick = partial(select_scores, target=target)
         scores = ModelScores(self.forward_func, pick, batch_size(inputs))
         one, forward = self._start(
-            scores,
-            inputs,
-            additional_forward_args,
-            attribute_to_layer_input,
-            again=return_convergence_delta,
+            scores, inputs, additional_forward_args, attribute_to_layer_input
         )
-        options = {"sum_channels": attr_dim_summation, "settle": False, **(grad_kwargs or {})}
-        (maps,) = one.explain(forward, inputs, scores.select, **options)
+        one.again = return_convergence_delta
+        options = {"sum_channels": attr_dim_summation, **(grad_kwargs or {})}
+        with one.frozen():
+            (maps,) = one.explain(forward, inputs, scores.select, **options)
+            warn_of_coverage(one.rule, one.constants, (region_sum(maps), one.scores))
         result = _shown(maps, relu_attributions)
-        shares = region_sum(maps), one.scores
-        warn_of_coverage(one.rule, one.constants, shares, noted=one.noted)
-        one.noted.settle()
         if not return_convergence_delta:
             return result
         return result, Decomposition.of(maps, _parts(one, maps, scores, forward), one.scores).gap
@@ -259,10 +255,11 @@ class LayerFam(LayerAttribution):
         """
         scores = ModelScores(self.forward_func)
         chosen = as_indices(indices, scores, batch_size(inputs), references_per_chunk)
-        one, forward = self._start(scores, inputs, additional_forward_args, again=False)
-        (maps,) = map_references(
-            one, scores, forward, inputs, indices=chosen, per_chunk=references_per_chunk
-        )
+        one, forward = self._start(scores, inputs, additional_forward_args)
+        with one.frozen():
+            (maps,) = map_references(
+                one, scores, forward, inputs, indices=chosen, per_chunk=references_per_chunk
+            )
         return _shown(maps, relu_attributions)
 
     def has_convergence_delta(self) -> bool:
@@ -321,7 +318,6 @@ class LayerFam(LayerAttribution):
         further: Any,
         at_input: bool = False,
         rule: Any = None,
-        again: bool = True,
     ) -> tuple[MapPass, Callable[[], Any]]:
         """A pass of the layer, which is found first if need be, and the call that it runs."""
         images = inputs if further is None else None  # further arguments may be per image
@@ -334,7 +330,6 @@ class LayerFam(LayerAttribution):
             at_input=at_input,
             smooth=self.smooth,
             tail=self.tail,
-            again=again,
         )
         return one, partial(run_forward, scores.forward, inputs, None, further)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from fam_plugins.core.layer_pass import LayerTensors
 from fam_plugins.core.messages import warn_user
 from fam_plugins.core.rules import Rule
-from fam_plugins.core.scores import Frozen
+from fam_plugins.core.scores import doubt
 
 __all__ = ["Decomposition", "region_sum", "warn_of_coverage"]
 
@@ -59,16 +59,12 @@ def region_sum(maps: Tensor | LayerTensors, leading: int = 1) -> Tensor:
 
 
 def warn_of_coverage(
-    rule: Rule,
-    constants: Mapping[str, Tensor],
-    *sums_and_scores: tuple[Tensor, Tensor],
-    noted: Frozen | None = None,
+    rule: Rule, constants: Mapping[str, Tensor], *sums_and_scores: tuple[Tensor, Tensor]
 ) -> None:
     """Warn, once for all of them, of regions that carry less than half of a score shared out.
 
     A centred map sums to zero: its regions carry what ``constants``, the rest by name, leave, and
-    its pattern stands for more than shares, so it takes tokens that leave less than a tenth. With
-    ``noted`` it is a doubt of that pass.
+    its pattern stands for more than shares, so it takes tokens that leave less than a tenth.
     """
     least = 0.5
     if not rule.adds_up:
@@ -77,10 +73,10 @@ def warn_of_coverage(
             (s - sum(constants.values()), s) for _, s in sums_and_scores if named
         )
         least = 0.1
-    # A single score for the whole batch is left out.
+    # One score for the whole batch is left out.
     pairs = [(r, s, r.abs() < s.abs() * least) for r, s in sums_and_scores if r.shape == s.shape]
 
-    def tell() -> None:
+    def warn() -> None:
         regions, scores, low = next(pair for pair in pairs if pair[2].any())
         where = tuple(low.nonzero()[0].tolist())
         total, part = float(scores[where]), float(regions[where])
@@ -94,5 +90,4 @@ def warn_of_coverage(
         )
 
     if pairs:
-        any_low = torch.stack([low.any().to(pairs[0][2].device) for *_, low in pairs]).any()
-        (noted or Frozen()).doubt(any_low, tell)
+        doubt(torch.cat([low.flatten() for *_, low in pairs]).any(), warn)

@@ -44,8 +44,10 @@ def map_references(
     """Run a model once on images and explain its scores at indices ``[B, k]``; all by default.
 
     ``forward`` calls ``scores.forward``. Returns for each layer its maps ``[B, k, 1, ...]``; at
-    most ``per_chunk`` references per image are worked on at a time.
+    most ``per_chunk`` references per image are worked on at a time. Inside ``one.frozen()`` values
+    are checked at its end.
     """
+    one.again = False
     end = one.run(forward, images)
     if not isinstance(end, Tensor):
         raise TypeError(
@@ -90,8 +92,7 @@ def map_references(
     if one.rule.adds_up:
         total = torch.cat(explained, dim=1)
         shares = [(region_sum(maps, leading=2), total) for maps in found]
-        warn_of_coverage(one.rule, one.constants, *shares, noted=one.noted)
-    one.noted.settle()
+        warn_of_coverage(one.rule, one.constants, *shares)
     return found
 
 

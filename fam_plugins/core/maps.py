@@ -19,7 +19,7 @@ from fam_plugins.core.layer_pass import LayerPass, LayerTensors, fits_image
 from fam_plugins.core.messages import unknown_name, warn_user
 from fam_plugins.core.own_norm import hold_own_norm
 from fam_plugins.core.rules import RULES, Rule, find_rule
-from fam_plugins.core.scores import ACTIVE, Frozen, frozen_scores, full_precision
+from fam_plugins.core.scores import ACTIVE, Frozen, doubt, frozen_scores, full_precision
 from fam_plugins.core.smooth import smoothed
 from fam_plugins.core.tail_constants import TailConstants
 from fam_plugins.core.transforms import Transform, prefix_of, transform_for
@@ -44,8 +44,7 @@ class MapPass:
     have ``regions`` dimensions of regions or more; with any, there is one map per layer. ``smooth``
     averages every map with its neighbours. ``tail`` says what is held constant behind the layers:
     norms, attention weights and gates (``"frozen"``), ``"norms"``, or nothing (``"true"``); the
-    rule's choice if left out. Without ``again``, what needs a second pass (:meth:`constant`,
-    :meth:`is_affine`) is not to be asked for, and no state of random numbers is kept for it.
+    rule's choice if left out.
 
     After :meth:`run`, ``activations`` holds the maps ``[B, C, ...]`` of each layer, detached; after
     :meth:`maps`, ``scores`` holds what was explained, and behind a frozen tail ``constants`` what
@@ -62,6 +61,8 @@ class MapPass:
 
     scores: Tensor
     constants: dict[str, Tensor]
+    again = True
+    """Whether a second pass with the same draws (:meth:`constant`) may be asked for."""
 
     def __init__(
         self,
@@ -74,7 +75,6 @@ class MapPass:
         regions: int = 0,
         smooth: bool = False,
         tail: str | None = None,
-        again: bool = True,
     ) -> None:
         self.rule = rule if isinstance(rule, Rule) else find_rule(rule)
         self.held = TAILS[self.rule.tail if tail is None else tail]
@@ -82,17 +82,17 @@ class MapPass:
         self._cut = False
         self.activations: list[LayerTensors] = []
         self._model, self._regions, self._at_input = model, regions, at_input
-        self._smooth, self._may_again = smooth, again
+        self._smooth = smooth
         self._pass = LayerPass(model, layers, at_input=at_input)
         self._given: Transform | str | None = transform
         self._transforms: list[Transform | None] = []
-        self.noted = Frozen(freeze=self.rule.frozen, deferred=True)
+        self._noted = Frozen(freeze=self.rule.frozen, doubts=[])
 
     def run(self, forward: Callable[[], T], images: Any) -> T:
         """Run the model once on images, a tensor or a tuple of tensors that starts with one."""
         batch = batch_size(images)
         inputs = images if isinstance(images, tuple) else (images,)
-        if self._may_again:
+        if self.again:
             in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
             cuda = torch.cuda.get_rng_state_all() if in_use else []
             self._draws = torch.get_rng_state(), cuda
@@ -140,7 +140,7 @@ class MapPass:
 
     def frozen(self) -> AbstractContextManager[object]:
         """Within the block, scores are noted, and frozen if the rule asks for it."""
-        return nullcontext() if ACTIVE.get() is self.noted else frozen_scores(self.noted)
+        return nullcontext() if ACTIVE.get() is self._noted else frozen_scores(self._noted)
 
     def explain(
         self, forward: Callable[[], T], images: Any, score: Callable[[T], Tensor], **options: Any
@@ -150,26 +150,20 @@ class MapPass:
             return self.maps(partial(score, self.run(forward, images)), **options)
 
     def maps(
-        self,
-        score: Callable[[], Tensor],
-        *,
-        sum_channels: bool = True,
-        settle: bool = True,
-        **grad_kwargs: Any,
+        self, score: Callable[[], Tensor], *, sum_channels: bool = True, **grad_kwargs: Any
     ) -> list[LayerTensors]:
         """Maps ``[B, 1 or C, ...]`` of each layer, finite and contiguous, of scores ``[B]``.
 
         ``score`` computes them from the output of :meth:`run`; every image may contribute to its
-        own score only. Without ``settle`` values are not checked before ``noted.settle()``.
+        own score only.
         """
-        with self.frozen(), torch.inference_mode(False), torch.enable_grad():
-            scores = score()
-            gradients = self.gradients(scores, torch.ones_like(scores)[None], **grad_kwargs)
-        self.scores = scores.detach()
-        self.warn()
-        maps = self.finish(gradients, sum_channels=sum_channels)
-        if settle:
-            self.noted.settle()
+        with self.frozen():
+            with torch.inference_mode(False), torch.enable_grad():
+                scores = score()
+                gradients = self.gradients(scores, torch.ones_like(scores)[None], **grad_kwargs)
+            self.scores = scores.detach()
+            self.warn()
+            maps = self.finish(gradients, sum_channels=sum_channels)
         return [tuple(part[:, 0] for part in parts) for parts in maps]
 
     def gradients(self, end: Tensor, cotangents: Tensor, **grad_kwargs: Any) -> list[list[Tensor]]:
@@ -253,7 +247,7 @@ class MapPass:
 
     def replayed(self) -> AbstractContextManager[object]:
         """Within the block, scores are the linear functions that :meth:`maps` explained."""
-        return frozen_scores(self.noted, replay=True)
+        return frozen_scores(self._noted, replay=True)
 
     def warn(self) -> None:
         """Warn of embeddings of zeros, and of the published rule with a contrast set."""
@@ -262,10 +256,10 @@ class MapPass:
                 "what the model returns is held constant by a frozen tail (a softmax, a norm?): "
                 'this map follows the true gradient, tail="true"; explain logits for exact shares'
             )
-        if self.noted.zero:
-            zero = torch.cat(self.noted.zero)[: len(self.activations[0][0])]
-            self.noted.doubt(zero.any(), partial(_warn_of_zeros, zero))
-        if self.rule is RULES["fam"] and self.noted.contrasted:
+        if self._noted.zero:
+            zero = torch.cat(self._noted.zero)[: len(self.activations[0][0])]
+            doubt(zero.any(), partial(_warn_of_zeros, zero))
+        if self.rule is RULES["fam"] and self._noted.contrasted:
             warn_user(
                 'rule "fam" rescales every channel to [0, 1], which undoes the contrast: with '
                 'contrast use rule="centred" (recommended), "additive" or "gradcam"'
@@ -303,20 +297,17 @@ class MapPass:
             arranged = torch.stack([self._arranged(index, step)[0] for step in steps])
             if self._constants is not None and len(arranged) == 1 and len(tensors) == 1:
                 self._count_dropped(index, tensors[0][0])
-
-            def refuse() -> None:
+            if len(tensors) == 1 and arranged.numel() < tensors[0].numel():
                 # A picture of nothing: after the last block a class token is the embedding, and
                 # no patch of that layer has a share in it.
-                raise ValueError(
+                error = ValueError(
                     f"the score reaches layer {self._pass.names[index]!r} only through what the "
                     "transform drops (the class token): explain an earlier layer, such as the last "
                     "block's first norm (timm: blocks[-1].norm1, torchvision: "
                     "encoder.layers[-1].ln_1), or embed by the mean of the patches (timm: "
                     'global_pool="avg")'
                 )
-
-            if len(tensors) == 1 and arranged.numel() < tensors[0].numel():
-                self.noted.doubt(tensors[0].any() & ~arranged.any(), refuse)
+                doubt(tensors[0].any() & ~arranged.any(), error)
             tensors = [arranged]
         return [(g.flatten(3) if g.dim() > 3 else g[..., None]).transpose(0, 1) for g in tensors]
 
@@ -341,7 +332,7 @@ class MapPass:
             maps = maps.reshape(*maps.shape[:3], *activation.shape[2:])
             if self._smooth:
                 maps = smoothed(maps, activation.dim() - 2)
-        return check_finite(maps.to(activation.dtype).contiguous(), self.noted)
+        return check_finite(maps.to(activation.dtype).contiguous())
 
 
 def _warn_of_zeros(zero: Tensor) -> None:
@@ -375,17 +366,11 @@ def batch_size(inputs: Any) -> int:
     return len(first)
 
 
-def check_finite(attribution: Tensor, noted: Frozen | None = None) -> Tensor:
-    """Return a map of any shape as it is, or refuse NaN: pictures would show it as evidence.
-
-    With ``noted`` it is a doubt of that pass.
-    """
-
-    def refuse() -> None:
-        raise ValueError(
-            "the map holds NaN or infinite values: check the input and the weights, and for "
-            "float16 the range (bfloat16 or float32 have more)"
-        )
-
-    (noted or Frozen()).doubt(~torch.isfinite(attribution).all(), refuse)
+def check_finite(attribution: Tensor) -> Tensor:
+    """Return a map of any shape as it is, or refuse NaN: pictures would show it as evidence."""
+    error = ValueError(
+        "the map holds NaN or infinite values: check the input and the weights, and for float16 "
+        "the range (bfloat16 or float32 have more)"
+    )
+    doubt(~torch.isfinite(attribution).all(), error)
     return attribution

@@ -11,7 +11,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import compress
 from typing import Any
 
 import torch
@@ -25,6 +24,10 @@ from fam_plugins.core.similarity import Similarity, as_similarity
 __all__ = ["Frozen", "check_embeddings", "embed", "frozen_scores", "score"]
 
 
+Consequence = Callable[[], None] | Exception
+"""What follows if a doubt is true: a call that warns or raises, or what to raise."""
+
+
 @dataclass
 class Frozen:
     """What a pass notes of its scores: where they were frozen, and what is to be warned of.
@@ -35,16 +38,14 @@ class Frozen:
     constant term of a score is measured. Without ``freeze`` scores are only noted: whether any was
     ``contrasted``, and, where length does not matter, which rows are ``zero``.
 
-    What has to be checked is a :meth:`doubt`. Where they are ``deferred``, no value is read on the
-    device until :meth:`settle`, so that a GPU is never waited for in between.
+    With ``doubts``, a list, checks of values wait for the end of the block, see :func:`doubt`.
     """
 
     points: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)
     freeze: bool = True
     contrasted: bool = False
     zero: list[Tensor] = field(default_factory=list)
-    deferred: bool = False
-    _doubts: list[tuple[Tensor, Callable[[], None]]] = field(default_factory=list)
+    doubts: list[tuple[Tensor, Consequence]] | None = None
     _replay: Iterator[tuple[Tensor, Tensor | None]] | None = None
 
     def at(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,20 +60,6 @@ class Frozen:
         if noted is not None and length is not None:
             embeddings = embeddings * (length / noted)  # as if divided by the noted length
         return embeddings, point
-
-    def doubt(self, flag: Tensor, act: Callable[[], None]) -> None:
-        """Note what to do, such as raise, if a bool on the device turns out to be true."""
-        self._doubts.append((flag, act))
-        if not self.deferred:
-            self.settle()
-
-    def settle(self) -> None:
-        """Read all doubts in one transfer, and act on those that are true, in their order."""
-        doubts, self._doubts = self._doubts, []
-        flags = [flag.to(doubts[0][0].device) for flag, _ in doubts]
-        read = torch.stack(flags).tolist() if flags else []
-        for _, act in compress(doubts, read):
-            act()
 
     @property
     def replaying(self) -> bool:
@@ -111,9 +98,34 @@ def frozen_scores(frozen: Frozen | None = None, *, replay: bool = False) -> Iter
     token = ACTIVE.set(frozen)
     try:
         yield frozen
+        _settle(frozen.doubts or [])
     finally:
         ACTIVE.reset(token)
         frozen._replay = None
+
+
+def doubt(flag: Tensor, consequence: Consequence) -> None:
+    """See to it that a bool on the device, if true, has its consequence.
+
+    In the pass of an explainer that is at its end, where one transfer tells all of them, so that a
+    GPU is waited for once; elsewhere at once.
+    """
+    noted = ACTIVE.get()
+    if noted is not None and noted.doubts is not None:
+        noted.doubts.append((flag, consequence))
+    else:
+        _settle([(flag, consequence)])
+
+
+def _settle(doubts: list[tuple[Tensor, Consequence]]) -> None:
+    flags = [flag.to(doubts[0][0].device) for flag, _ in doubts]
+    told = torch.stack(flags).tolist() if flags else []
+    true = [consequence for (_, consequence), is_true in zip(doubts, told, strict=True) if is_true]
+    doubts.clear()
+    for consequence in true:
+        if isinstance(consequence, Exception):
+            raise consequence
+        consequence()
 
 
 def score(
@@ -150,7 +162,7 @@ def score(
     """
     chosen = similarity if isinstance(similarity, Similarity) else as_similarity(similarity)
     frozen = ACTIVE.get()
-    check_embeddings(embeddings, width=references.shape[1], noted=frozen)
+    check_embeddings(embeddings, width=references.shape[1])
     given = torch.promote_types(embeddings.dtype, references.dtype)
     wide = torch.promote_types(given, torch.float32)
     with full_precision(embeddings.device):
@@ -180,7 +192,7 @@ def score(
         )
 
     if given == torch.float16:
-        (frozen or Frozen()).doubt(~torch.isfinite(narrow).all(), refuse)
+        doubt(~torch.isfinite(narrow).all(), refuse)
     return narrow
 
 
@@ -256,16 +268,9 @@ def check_floats(given: object, what: str) -> None:
 
 
 def check_embeddings(
-    embeddings: Tensor,
-    *,
-    width: int | None = None,
-    what: str = "embedding",
-    noted: Frozen | None = None,
+    embeddings: Tensor, *, width: int | None = None, what: str = "embedding"
 ) -> None:
-    """Refuse what is no ``[B, D]``, embeddings of another width, or not finite.
-
-    With ``noted``, values are a doubt of that pass.
-    """
+    """Refuse what is no ``[B, D]``, embeddings of another width, or not finite."""
     if not isinstance(embeddings, Tensor) or embeddings.dim() != 2:
         kind = tuple(embeddings.shape) if isinstance(embeddings, Tensor) else type(embeddings)
         raise ValueError(f"{what} is {kind}, not a tensor [B, D]: a single one is z[None]")
@@ -284,4 +289,4 @@ def check_embeddings(
             "and for float16 the range"
         )
 
-    (noted or Frozen()).doubt(~finite.all(), refuse)
+    doubt(~finite.all(), refuse)

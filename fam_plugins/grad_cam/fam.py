@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -109,6 +108,7 @@ class FAM(OnePassCAM):
     def run_pass(self, input_tensor: Tensor) -> tuple[MapPass, Any]:
         """Run the model once; return the pass and the model's output."""
         one, scores = self._start(input_tensor), ModelScores(self.model)
+        one.again = False
         end = one.run(lambda: scores.forward(input_tensor), input_tensor)
         # Scored behind the pass, where nothing looks at every operation.
         with one.frozen(), torch.inference_mode(False), torch.enable_grad():
@@ -126,19 +126,17 @@ class FAM(OnePassCAM):
             regions=2,
             smooth=self.smooth,
             tail=self.tail,
-            again=False,
         )
 
     def explain(
         self, one: MapPass, outputs: Any, targets: Sequence[Target], eigen_smooth: bool
     ) -> Iterator[tuple[Tensor, np.ndarray]]:
         """Explain a pass: for each target layer its map ``[B, 1, h, w]``, and as float32 array."""
-        score = partial(_scores, outputs, targets)
-        found = one.maps(score, sum_channels=not eigen_smooth, settle=False)
-        if one.rule.adds_up or len(found) == 1:
-            shares = [(region_sum(maps), one.scores) for maps in found]
-            warn_of_coverage(one.rule, one.constants, *shares, noted=one.noted)
-        one.noted.settle()
+        with one.frozen():
+            found = one.maps(lambda: _scores(outputs, targets), sum_channels=not eigen_smooth)
+            if one.rule.adds_up or len(found) == 1:
+                shares = [(region_sum(maps), one.scores) for maps in found]
+                warn_of_coverage(one.rule, one.constants, *shares)
         for (maps,) in found:
             if eigen_smooth:
                 summed = check_finite(maps.sum(dim=1, keepdim=True))
@@ -181,9 +179,10 @@ class FAM(OnePassCAM):
         scores = ModelScores(self.model)
         chosen = as_indices(indices, scores, len(input_tensor), references_per_chunk)
         input_tensor = input_tensor.to(self.device)
-        with eval_mode(self.model):
+        one = self._start(input_tensor)
+        with eval_mode(self.model), one.frozen():
             found = map_references(
-                self._start(input_tensor),
+                one,
                 scores,
                 lambda: scores.forward(input_tensor),
                 input_tensor,

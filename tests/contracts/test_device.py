@@ -97,7 +97,7 @@ def reads(monkeypatch):
             return real(tensor)
         seen.append(sys._getframe(1).f_code.co_name)
         if tensor.is_meta:
-            return [seen[-1] != "settle"] * len(tensor)
+            return [seen[-1] != "_settle"] * len(tensor)
         torch.cuda.set_sync_debug_mode("default")
         found = real(tensor)
         torch.cuda.set_sync_debug_mode("error")
@@ -118,7 +118,7 @@ def test_one_transfer_tells_all(net, rule, contrast, reads):
             maps = explainer.attribute(images, target)
         assert maps.is_meta
         assert maps.shape == (3, 1, *maps.shape[2:])
-        assert reads == ["settle"]
+        assert reads == ["_settle"]
         reads.clear()
 
 
@@ -133,7 +133,7 @@ def test_many_references_take_one_more_to_prove_the_pooling(net, rule, similarit
         with NoMixing():
             maps = explainer.attribute_references(images, indices)
         assert maps.is_meta
-        assert reads == ["_find_pooled_tail", "settle"]
+        assert reads == ["_find_pooled_tail", "_settle"]
         reads.clear()
 
 
@@ -179,8 +179,8 @@ class TestCuda:
             maps = explainer.attribute(images, TARGETS)
             many = explainer.attribute_references(images, INDICES)
             torch.cuda.set_sync_debug_mode("default")
-            assert reads.count("settle") == 2
-            assert set(reads) <= {"settle", "_find_pooled_tail"}
+            assert reads.count("_settle") == 2
+            assert set(reads) <= {"_settle", "_find_pooled_tail"}
             torch.testing.assert_close(maps.cpu(), wanted[0], rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(many.cpu(), wanted[1], rtol=1e-4, atol=1e-5)
 

@@ -60,7 +60,7 @@ SCORES = of(
     ("contrast.to(wide)).mean(dim=1", "contrast).mean(dim=1"),
     ("others / (scores.shape[1] - 1)", "others / scores.shape[1]"),
     ("frozen.contrasted = True", "pass"),
-    ("if given == torch.float16 and not", "if given == torch.bfloat16 and not"),
+    ("if given == torch.float16:", "if given == torch.bfloat16:"),
     ("if frozen is not None and frozen.freeze:", "if frozen is not None:"),
     ("        return embeddings, point\n", "        return embeddings, embeddings.detach()\n"),
     ("embeddings = embeddings * (length / noted)", "pass"),
