@@ -26,7 +26,7 @@ from fam_plugins.core.maps import MapPass
 from fam_plugins.core.own_norm import hold_own_norm
 from fam_plugins.core.similarity_model import ModelScores
 
-__all__ = ["as_indices", "map_references"]
+__all__ = ["as_indices", "map_references", "pooled_matrix"]
 
 _IMAGES = 8
 """Images per group: bounds what different references for every image cost together."""
@@ -71,9 +71,7 @@ def map_references(
             chosen = indices.to("cpu", copy=True)
     if scores.model is not None and one.rule.frozen:
         hold_own_norm(end)
-    tail = None
-    if [len(maps) for maps in one.activations] == [1] and chosen.shape[1] > 1:
-        tail = _find_pooled_tail(one, end)
+    tail = _find_pooled_tail(one, end) if chosen.shape[1] > 1 else None
     chunks, explained = [], []
     for part in torch.split(chosen, per_chunk, dim=1):
         with one.frozen():
@@ -94,6 +92,24 @@ def map_references(
         shares = [(region_sum(maps, leading=2), total) for maps in found]
         warn_of_coverage(one.rule, one.constants, *shares)
     return found
+
+
+def pooled_matrix(one: MapPass, lengths: Tensor | None, end: Tensor) -> Tensor | None:
+    """The matrix ``[M, C]`` that takes directions to gradients, the same at every region and image.
+
+    A number where it is a multiple of the identity; ``None`` where there is no such matrix. Behind
+    a norm of the encoder's own, held constant, images share it up to their ``lengths`` ``[B, 1]``.
+    """
+    tail = _find_pooled_tail(one, end)
+    if tail is None:
+        return None
+    basis = torch.eye(end.shape[1]).to(end).expand(len(end), -1, -1)
+    found = tail.gradients(basis if lengths is None else basis * lengths.to(end)[:, None])[..., 0]
+    matrix, scale = found[0], found.abs().amax()
+    if ((found - matrix).abs() > 16 * torch.finfo(end.dtype).eps * scale).any():
+        return None
+    plain = matrix.shape[0] == matrix.shape[1] and torch.equal(matrix, matrix[0, 0] * basis[0])
+    return matrix[0, 0] if plain else matrix
 
 
 def as_indices(indices: Any, scores: ModelScores, batch: int, per_chunk: int) -> Tensor | None:
@@ -193,7 +209,8 @@ def _find_pooled_tail(one: MapPass, end: Tensor) -> PooledTail | None:
     The proof compares values: on a GPU it is waited for, once. ``None`` in half precision, where
     the comparison could not tell.
     """
-    if end.dtype not in (torch.float32, torch.float64):
+    several = [len(maps) for maps in one.activations] != [1]
+    if several or end.dtype not in (torch.float32, torch.float64):
         return None
     # A generator of its own: asking for an explanation must not move the user's random numbers.
     generator = torch.Generator().manual_seed(0)

@@ -24,7 +24,7 @@ from fam_plugins.core.smooth import smoothed
 from fam_plugins.core.tail_constants import TailConstants
 from fam_plugins.core.transforms import Transform, prefix_of, transform_for
 
-__all__ = ["TAILS", "MapPass", "batch_size", "check_finite", "check_tail"]
+__all__ = ["TAILS", "MapPass", "batch_size", "check_finite", "check_tail", "maps_of"]
 
 T = TypeVar("T")
 
@@ -82,10 +82,10 @@ class MapPass:
         self._cut = False
         self.activations: list[LayerTensors] = []
         self._model, self._regions, self._at_input = model, regions, at_input
-        self._smooth = smooth
+        self.smooth = smooth
         self._pass = LayerPass(model, layers, at_input=at_input)
         self._given: Transform | str | None = transform
-        self._transforms: list[Transform | None] = []
+        self.transforms: list[Transform | None] = []
         self._noted = Frozen(freeze=self.rule.frozen, doubts=[])
 
     def run(self, forward: Callable[[], T], images: Any) -> T:
@@ -104,7 +104,7 @@ class MapPass:
             transform = None if isinstance(self._given, str) else self._given
             if isinstance(self._given, str) and [len(part) for part in given] == [batch]:
                 transform = self._told(index, given[0].shape, shape)
-            self._transforms.append(transform)
+            self.transforms.append(transform)
             arranged = self._arranged(index, given)
             self._check(one.names[index], transform, arranged, batch)
             self.activations.append(arranged)
@@ -176,11 +176,7 @@ class MapPass:
     def finish(
         self, gradients: list[list[Tensor]], *, sum_channels: bool = True
     ) -> list[LayerTensors]:
-        """Gradients ``[B, c, C, R or 1]`` -> for each layer its maps ``[B, c, 1 or C, ...]``.
-
-        In at least float32: a sum over hundreds of channels in half precision loses what the map
-        is about, the differences between regions. Then in the dtype of the layer.
-        """
+        """Gradients ``[B, c, C, R or 1]`` -> for each layer its maps ``[B, c, 1 or C, ...]``."""
         return [
             tuple(
                 self._finished(activation, gradient, sum_channels)
@@ -267,7 +263,7 @@ class MapPass:
 
     def _arranged(self, index: int, given: Sequence[Tensor]) -> LayerTensors:
         """What a layer gave, or its gradient, as maps ``[B, C, ...]``."""
-        transform = self._transforms[index]
+        transform = self.transforms[index]
         if transform is None:
             return tuple(given)
         return (transform(given[0] if len(given) == 1 else tuple(given)),)
@@ -292,7 +288,7 @@ class MapPass:
 
     def _columns(self, index: int, tensors: list[Tensor]) -> list[Tensor]:
         """Gradients ``[c, B, ...]`` of what a layer gave -> of its maps, ``[B, c, C, R]``."""
-        if self._transforms[index] is not None:
+        if self.transforms[index] is not None:
             steps = zip(*tensors, strict=True)
             arranged = torch.stack([self._arranged(index, step)[0] for step in steps])
             if self._constants is not None and len(arranged) == 1 and len(tensors) == 1:
@@ -313,7 +309,7 @@ class MapPass:
 
     def _count_dropped(self, index: int, gradient: Tensor) -> None:
         """Name the shares of tokens that stand for no place, which the transform drops."""
-        transform = self._transforms[index]
+        transform = self.transforms[index]
         skip, kinds = getattr(transform, "skip", 0), getattr(transform, "kinds", None)
         tokens = self._pass.tracked[index][0].detach()[:, :skip]
         shares = (tokens * gradient[:, :skip]).sum(dim=2)
@@ -325,14 +321,27 @@ class MapPass:
                 self.constants[name] = part.sum(dim=1) + self.constants.get(name, 0)
 
     def _finished(self, activation: Tensor, gradients: Tensor, sum_channels: bool) -> Tensor:
-        wide = torch.promote_types(activation.dtype, torch.float32)
-        regions = activation.flatten(2) if activation.dim() > 2 else activation[..., None]
-        with torch.no_grad(), full_precision(activation.device):
-            maps = self.rule.apply(regions.to(wide), gradients.to(wide), sum_channels=sum_channels)
-            maps = maps.reshape(*maps.shape[:3], *activation.shape[2:])
-            if self._smooth:
-                maps = smoothed(maps, activation.dim() - 2)
-        return check_finite(maps.to(activation.dtype).contiguous())
+        return check_finite(
+            maps_of(self.rule, activation, gradients, self.smooth, sum_channels=sum_channels)
+        )
+
+
+def maps_of(
+    rule: Rule, activation: Tensor, gradients: Tensor, smooth: bool, *, sum_channels: bool = True
+) -> Tensor:
+    """Activation ``[B, C, ...]``, gradients ``[B, k, C, R or 1]`` -> maps ``[B, k, 1 or C, ...]``.
+
+    In at least float32: a sum over hundreds of channels in half precision loses what the map
+    is about, the differences between regions. Then in the dtype of the layer.
+    """
+    wide = torch.promote_types(activation.dtype, torch.float32)
+    regions = activation.flatten(2) if activation.dim() > 2 else activation[..., None]
+    with torch.no_grad(), full_precision(activation.device):
+        maps = rule.apply(regions.to(wide), gradients.to(wide), sum_channels=sum_channels)
+        maps = maps.reshape(*maps.shape[:3], *activation.shape[2:])
+        if smooth:
+            maps = smoothed(maps, activation.dim() - 2)
+    return maps.to(activation.dtype).contiguous()
 
 
 def _warn_of_zeros(zero: Tensor) -> None:

@@ -67,7 +67,8 @@ def hold_own_norm(embeddings: Tensor) -> Tensor | None:
         divided = (node._saved_self if place else node._saved_other).detach().to(rows)
         divided = divided.reshape(*divided.shape[:1], -1)
         lengths = torch.linalg.vector_norm(divided, dim=-1, keepdim=True)
-    return lengths.where(is_norm, 1) if len(lengths) == len(rows) else None
+    # len() would fix a traced batch.
+    return lengths.where(is_norm, 1) if lengths.shape[0] == rows.shape[0] else None
 
 
 def _leads_to(start: Any, end: Any) -> bool:

@@ -36,14 +36,15 @@ class Frozen:
     lengths that the encoder divided by, if it ends in a norm. A second pass over the same inputs
     can replay them, so that both passes evaluate the very same linear function: that is how the
     constant term of a score is measured. Without ``freeze`` scores are only noted: whether any was
-    ``contrasted``, and, where length does not matter, which rows are ``zero``.
-
-    With ``doubts``, a list, checks of values wait for the end of the block, see :func:`doubt`.
+    ``contrasted``, and, where length does not matter, which rows are ``zero``. ``traced``: there
+    are no values to check, only shapes. With ``doubts``, a list, checks of values wait for the end
+    of the block, see :func:`doubt`.
     """
 
     points: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)
     freeze: bool = True
     contrasted: bool = False
+    traced: bool = False
     zero: list[Tensor] = field(default_factory=list)
     doubts: list[tuple[Tensor, Consequence]] | None = None
     _replay: Iterator[tuple[Tensor, Tensor | None]] | None = None
@@ -162,7 +163,8 @@ def score(
     """
     chosen = similarity if isinstance(similarity, Similarity) else as_similarity(similarity)
     frozen = ACTIVE.get()
-    check_embeddings(embeddings, width=references.shape[1])
+    if frozen is None or not frozen.traced:
+        check_embeddings(embeddings, width=references.shape[1])
     given = torch.promote_types(embeddings.dtype, references.dtype)
     wide = torch.promote_types(given, torch.float32)
     with full_precision(embeddings.device):
@@ -228,7 +230,9 @@ def embed(
         images, *further = pixels_of(images)  # type: ignore[assignment]
     if isinstance(images, Tensor) and images.dim() > 0 and images.shape[0] == 0:
         raise ValueError("the batch is empty: pass at least one image")
-    count = len(images)  # before the pass, behind whose layer every look at a tensor is seen
+    # Not len(), which would fix a traced batch; and before the pass, behind whose layer every look
+    # at a tensor is seen.
+    count = images.shape[0]
     try:
         given = image_call(encoder)(images, *further, **(forward_kwargs or {}))
     except ValueError as error:  # of a batch norm, or of B, C, H, W = images.shape

@@ -62,7 +62,7 @@ class Similarity:
         return self._checked(self.compare(embeddings, references), embeddings, references)
 
     def _checked(self, scores: Any, embeddings: Tensor, references: Tensor) -> Tensor:
-        expected = (len(embeddings), len(references))
+        expected = (embeddings.shape[0], references.shape[0])  # len() would fix a traced batch
         if not isinstance(scores, Tensor) or tuple(scores.shape) != expected:
             shape = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
             raise ValueError(

@@ -1,0 +1,73 @@
+"""A computation as a graph of plain operations: what it does to tensors, and nothing else.
+
+Hooks, modes and gradients act while it is recorded; the graph holds what they came to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fam_plugins.core.frozen_tail import FrozenTail
+
+__all__ = ["differentiable", "fixed_sizes", "traced"]
+
+
+def traced(compute: Callable[[Tensor], tuple[Tensor, ...]], images: Tensor) -> fx.GraphModule:
+    """The graph of a computation on images, of any batch size and with its weights as buffers.
+
+    Raises:
+        ValueError: If what is computed depends on values, or only on a batch of this size.
+
+    Example:
+        >>> graph = traced(lambda x: (x.mean(dim=1),), torch.rand(2, 4))
+        >>> graph(torch.ones(3, 4))[0]
+        tensor([1., 1., 1.])
+    """
+    try:
+        with torch.no_grad():
+            graph = make_fx(compute, tracing_mode="symbolic", _allow_non_fake_inputs=True)(images)
+    except RuntimeError as error:  # of torch's, for every kind of what it cannot record
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            "the model cannot be recorded as a graph of operations (does it branch on values, or "
+            f"use a compiled module?): {reason}"
+        ) from error
+    if 0 in fixed_sizes(graph):
+        raise ValueError(
+            f"the model's code fixes the batch at {len(images)} images (len(x) or int(x.shape[0]) "
+            "do): use x.shape[0] there, as torch.export asks for too"
+        )
+    graph.graph.eliminate_dead_code()
+    # As parameters they would ask for gradients; as plain attributes no state would hold them.
+    for name in {str(node.target) for node in graph.graph.nodes if node.op == "get_attr"}:
+        constant = getattr(graph, name)
+        delattr(graph, name)
+        graph.register_buffer(name, constant.detach())
+    graph.recompile()
+    return graph
+
+
+def fixed_sizes(graph: fx.GraphModule) -> dict[int, int]:
+    """The dimensions of a graph's input that are of one size, and which."""
+    given = next(iter(graph.graph.nodes)).meta["val"]
+    return {dim: int(size) for dim, size in enumerate(given.shape) if _is_fixed(size)}
+
+
+def _is_fixed(size: int | torch.SymInt) -> bool:
+    return isinstance(size, int) or size.node.maybe_as_int() is not None
+
+
+@contextmanager
+def differentiable(held: dict[str, bool] | None) -> Iterator[None]:
+    """What follows a layer, in operations that have gradients as operations of a graph.
+
+    ``held`` are the options of a frozen tail; ``None`` for the true gradient.
+    """
+    with sdpa_kernel(SDPBackend.MATH), nullcontext() if held is None else FrozenTail(**held):
+        yield

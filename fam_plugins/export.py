@@ -1,0 +1,224 @@
+"""Maps where gradients cannot go: scores and maps as one graph of plain operations."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fam_plugins.cape.model import CapeModel
+from fam_plugins.core.choose_layer import choose_layer
+from fam_plugins.core.eval_mode import check_module, eval_mode, place_of
+from fam_plugins.core.gallery import Gallery
+from fam_plugins.core.layer_pass import LayerPass
+from fam_plugins.core.many import map_references, pooled_matrix
+from fam_plugins.core.maps import MapPass, maps_of
+from fam_plugins.core.own_norm import hold_own_norm
+from fam_plugins.core.rules import Rule, choose_rule
+from fam_plugins.core.scores import Frozen, frozen_scores, full_precision
+from fam_plugins.core.similarity_model import ModelScores
+from fam_plugins.core.smooth import smoothed
+from fam_plugins.core.trace import differentiable, fixed_sizes, traced
+from fam_plugins.core.transforms import Transform
+
+__all__ = ["MapModel"]
+
+MOST = 64
+"""References that are worth a step of their own through a tail that does not pool."""
+
+
+class MapModel(nn.Module):
+    """A model whose outputs are scores and maps, from one forward pass without hooks or autograd.
+
+    For ``torch.export``, ``torch.compile(fullgraph=True)``, ONNX and C++, where no gradient can go:
+    hooks, frozen norms and gradients are worked out once, when it is made, and what they come to is
+    recorded as operations on tensors. Behind pooling, with or without a linear head, that is one
+    matrix product for all references; behind any other tail a step through it per reference.
+
+    It holds the model as it is now, in eval mode, with its references and its contrast; weights
+    that are no copies are shared. Its maps are those of :class:`~fam_plugins.LayerFam` under the
+    same rule (checked on the example), unchecked for NaN and without warnings: a graph reads no
+    values. Build it on the device it is to run on. Nothing else is kept of the model.
+
+    Args:
+        model: A :class:`~fam_plugins.SimilarityModel`, a classifier ``[B, N]``, or a model with a
+            CAPE head, whose scores are probabilities and whose maps sum to them (it takes neither
+            layer nor rule).
+        layer: As for :class:`~fam_plugins.LayerFam`; found if left out.
+        example: Images ``[B, C, H, W]`` as the model takes them. Random ones of the size the model
+            states, or 224 x 224, if left out. Models of any image size stay so.
+        rule: As for :class:`~fam_plugins.LayerFam`, and so on.
+        reshape_transform: Rearranges what the layer gives.
+        smooth: Average each region with its neighbours.
+        tail: What is held constant behind the layer.
+
+    Raises:
+        TypeError: If the model is no module, or the layer gives no tensor.
+        ValueError: If the model cannot be recorded (it branches on values, fixes its batch, keeps
+            its references on disk), has more than 64 references behind a tail that does not pool,
+            and as for :class:`~fam_plugins.LayerFam`.
+
+    Example:
+        >>> from fam_plugins import SimilarityModel
+        >>> encoder = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        >>> model = SimilarityModel(encoder, torch.randn(5, 8))
+        >>> maps_of = MapModel(model, "0", rule="additive", example=torch.rand(1, 3, 16, 16))
+        >>> scores, maps = maps_of(torch.rand(4, 3, 16, 16))  # [4, 5], [4, 5, 14, 14]
+        >>> torch.allclose(maps.sum(dim=(2, 3)), scores, atol=1e-6)
+        True
+        >>> program = torch.export.export(maps_of, (torch.rand(2, 3, 16, 16),))
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layer: nn.Module | str | None = None,
+        *,
+        example: Tensor | None = None,
+        rule: str | Rule | None = None,
+        reshape_transform: Transform | str | None = "auto",
+        smooth: bool = False,
+        tail: str | None = None,
+    ) -> None:
+        super().__init__()
+        check_module(model)
+        images = _example(model) if example is None else example
+        # Two, since graphs of one image stay of one; unlike, since a matrix they share is looked for.
+        images = torch.cat([images[:1], images[:1].roll(1, -1) / 2]).detach()
+        with eval_mode(model):
+            if isinstance(model, CapeModel):
+                graph = traced(partial(_probabilities, model, smooth), images)
+            else:
+                options = {"transform": reshape_transform, "smooth": smooth, "tail": tail}
+                found = _Recorded(model, layer, images, rule=choose_rule(rule), **options)
+                graph = traced(found, images)
+                gap = (graph(images)[1] - found.expected).abs().amax()
+                if not gap <= 1e-3 * found.expected.abs().amax():
+                    raise ValueError(
+                        f"the recorded maps are {gap:.2g} off those of the model: does it draw "
+                        "random numbers, or keep a state between calls?"
+                    )
+        self.recorded = graph.eval()
+        self._sizes = fixed_sizes(graph)
+        self.training = False
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images ``[B, C, H, W]`` -> scores ``[B, N]`` and maps ``[B, N, h, w]``.
+
+        Raises:
+            ValueError: If the model was recorded for images of another shape.
+        """
+        for dim, size in self._sizes.items():
+            if images.shape[dim] != size:
+                raise ValueError(
+                    f"images are {tuple(images.shape)}, and the model takes {size} at dimension "
+                    f"{dim}: resize them, or build MapModel(..., example=images)"
+                )
+        scores, maps = self.recorded(images)
+        return scores, maps
+
+    def train(self, mode: bool = True) -> MapModel:  # noqa: ARG002  (a recording has one mode)
+        """Stay in eval mode."""
+        return self
+
+
+class _Recorded:
+    """Scores and maps of images by steps that can be recorded, as one pass of a model found them."""
+
+    def __init__(self, model: nn.Module, layer: Any, images: Tensor, **options: Any) -> None:
+        self.scores = ModelScores(model)
+        references = getattr(self.scores.model, "references", None)
+        if isinstance(references, Gallery):
+            raise ValueError("the references stay on disk: pass those of interest as a tensor")
+        self.layer = choose_layer(model, layer, self.scores.forward, images)
+        run = self.scores.forward
+        forward = partial(run, images)
+        one = MapPass(model, [self.layer], regions=1, **options)
+        found = map_references(one, self.scores, forward, images, indices=None, per_chunk=MOST)
+        self.expected = found[0][0][:, :, 0]
+        one = MapPass(model, [self.layer], regions=1, **options)
+        self.count = self.expected.shape[1]
+        end = one.run(forward, images)
+        frozen = self.scores.model is not None and one.rule.frozen
+        lengths = hold_own_norm(end) if frozen else None
+        self.matrix, self.own_norm = pooled_matrix(one, lengths, end), lengths is not None
+        ones = torch.ones_like(end[:, :1]).detach() if lengths is None else lengths
+        # Both images may be on one side of every ReLU.
+        if self.matrix is not None and not one.is_affine(end, ones, partial(run, images[:1])):
+            self.matrix = None
+        self.model, self.rule, self.held, self.smooth = model, one.rule, one.held, one.smooth
+        self.transform: Transform = one.transforms[0] or nn.Identity()
+        if self.matrix is None and self.count > MOST:
+            raise ValueError(
+                f"the tail behind the layer does not pool, so that each of {self.count} references "
+                f"takes a step through it: export at most {MOST}, or a later layer"
+            )
+
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        one = LayerPass(self.model, [self.layer])
+        one.behind = differentiable(self.held)
+        end = one.run(partial(self.scores.forward, images))
+        lengths = hold_own_norm(end) if self.own_norm else None
+        with torch.enable_grad():
+            scores, slopes = self._slopes(end.detach())
+        ((given,),) = one.tracked
+        if self.matrix is not None:
+            slopes = slopes if lengths is None else slopes / lengths[:, None]
+            with full_precision(slopes.device):
+                slopes = slopes @ self.matrix if self.matrix.dim() else slopes * self.matrix
+            return scores, self._maps(given, slopes[..., None])
+        maps = []
+        for slope in slopes.unbind(dim=1):
+            ((gradient,),) = one.gradients(end, slope[None], retain_graph=True)
+            arranged = self.transform(gradient[0])
+            maps.append(self._maps(given, arranged.flatten(2)[:, None]))
+        return scores, torch.cat(maps, dim=1)
+
+    def _maps(self, given: Tensor, gradients: Tensor) -> Tensor:
+        activation = self.transform(given.detach())
+        return maps_of(self.rule, activation, gradients, self.smooth)[:, :, 0]
+
+    def _slopes(self, end: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores ``[B, N]`` of what the model ends in ``[B, M]``, their gradients ``[B, N, M]``."""
+        model = self.scores.model
+        if model is None:
+            return end, torch.eye(self.count).to(end).expand(end.shape[0], -1, -1)
+        scores, slopes = [], []
+        # A copy of the embedding for each reference: one gradient of all of them tells each.
+        for rows in torch.arange(self.count, device=end.device).split(MOST):
+            copies = end[:, None].expand(-1, len(rows), -1).flatten(0, 1).clone().requires_grad_()
+            with frozen_scores(Frozen(freeze=self.rule.frozen, traced=True)):
+                each = model.score(copies, rows).unflatten(0, (-1, len(rows)))
+            own = (each * torch.eye(len(rows)).to(each)).sum(dim=2)
+            (slope,) = torch.autograd.grad(own.sum(), copies)
+            scores.append(own.detach())
+            slopes.append(slope.unflatten(0, (-1, len(rows))))
+        return torch.cat(scores, dim=1), torch.cat(slopes, dim=1)
+
+
+def _probabilities(model: CapeModel, smooth: bool, images: Tensor) -> tuple[Tensor, Tensor]:
+    """The probabilities of a CAPE head, and the maps that sum to them."""
+    features = model.features(images)
+    maps = model.head.probability_maps(features)
+    maps = smoothed(maps, maps.dim() - 2) if smooth else maps
+    return model.head(features).exp(), maps
+
+
+def _example(model: nn.Module) -> Tensor:
+    """Random images of the size that a model states somewhere, or of 224 x 224."""
+    device, dtype = place_of(model)
+    channels, size = 3, None
+    for part in model.modules():
+        config = getattr(part, "config", None)
+        stated = [
+            (getattr(part, "pretrained_cfg", None) or {}).get("input_size", (None,))[-1],  # timm
+            getattr(part, "image_size", None),  # torchvision, open_clip
+            getattr(getattr(config, "vision_config", config), "image_size", None),  # transformers
+        ]
+        size = size or next((found for found in stated if found), None)
+    first = next((part for part in model.modules() if isinstance(part, nn.Conv2d)), None)
+    channels = first.in_channels if first is not None else 3
+    height, width = size if isinstance(size, (tuple, list)) else (size or 224, size or 224)
+    return torch.rand(1, channels, height, width, device=device, dtype=dtype)
