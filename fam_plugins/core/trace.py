@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from fam_plugins.core.frozen_tail import FrozenTail
 
@@ -30,7 +33,7 @@ def traced(compute: Callable[[Tensor], tuple[Tensor, ...]], images: Tensor) -> f
         tensor([1., 1., 1.])
     """
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _PlainPooling():
             graph = make_fx(compute, tracing_mode="symbolic", _allow_non_fake_inputs=True)(images)
     except RuntimeError as error:  # of torch's, for every kind of what it cannot record
         reason = str(error).strip().splitlines()[0]
@@ -51,6 +54,19 @@ def traced(compute: Callable[[Tensor], tuple[Tensor, ...]], images: Tensor) -> f
         graph.register_buffer(name, constant.detach())
     graph.recompile()
     return graph
+
+
+class _PlainPooling(TorchFunctionMode):
+    """Global average pooling as the mean it is.
+
+    Of channels-last maps, torch's own changes strides in place, which ONNX has no words for.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one operation."""
+        if func is F.adaptive_avg_pool2d and not kwargs and args[1] in (1, (1, 1), [1, 1]):
+            return args[0].mean((-2, -1), keepdim=True)
+        return func(*args, **(kwargs or {}))
 
 
 def fixed_sizes(graph: fx.GraphModule) -> dict[int, int]:
