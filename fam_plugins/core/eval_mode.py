@@ -37,15 +37,11 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
     check_module(module)
     with _lock:
         # What is in eval mode by itself stays there, whoever comes and goes.
-        # Neither modules() nor eval(): in small networks either walk shows. And eval() may do more
-        # than can be given back.
-        seen, ahead, parts = set[nn.Module | None]({None}), [module], []
-        while ahead:
-            part = ahead.pop()
-            if part not in seen:
-                seen.add(part)
-                ahead += part._modules.values()  # type: ignore[arg-type]
-                parts += [part] if part.training or part in _held else []
+        # Neither modules() nor eval(): in small networks either walk shows.
+        everything = [module]
+        for part in everything:
+            everything += (inner for inner in part._modules.values() if inner is not None)
+        parts = [p for p in dict.fromkeys(everything) if p.training or p in _held]
         for part in parts:
             _held[part] = _held.get(part, 0) + 1
             part.training = False

@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
 from torch.utils.hooks import RemovableHandle
 
 from fam_plugins.core.messages import unknown_name
@@ -169,14 +168,11 @@ class LayerPass:
 
 
 def products(
-    output: Tensor,
-    inputs: Sequence[Tensor] | Sequence[GradientEdge],
-    cotangents: Tensor,
-    **grad_kwargs: Any,
+    output: Tensor, inputs: Sequence[Any], cotangents: Tensor, **grad_kwargs: Any
 ) -> list[Tensor | None]:
     """Vector-Jacobian products for cotangents ``[c, *output.shape]``: per input ``[c, ...]``.
 
-    ``None`` for an input that the output does not depend on. Several cotangents keep the graph and
+    Inputs may be edges of the graph. ``None`` for an input that the output does not depend on. Several cotangents keep the graph and
     go side by side where the operations allow it.
     """
     cotangents = cotangents.to(output)

@@ -9,7 +9,6 @@ a random direction is sent back through the tail once, and looked at on its way.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from itertools import compress
 from typing import Any
@@ -71,14 +70,14 @@ def map_references(
             chosen = indices.to("cpu", copy=True)
     if scores.model is not None and one.rule.frozen:
         hold_own_norm(end)
-    tail = _find_pooled_tail(one, end) if chosen.shape[1] > 1 else None
+    pooled = _behind_pooling(one, end) if chosen.shape[1] > 1 else None
     chunks, explained = [], []
     for part in torch.split(chosen, per_chunk, dim=1):
         with one.frozen():
             wanted, values = _directions(scores, end, part)
         explained.append(values)
-        if tail is not None:
-            gradients = [[tail.gradients(wanted)]]
+        if pooled is not None:
+            gradients = [[pooled(wanted)]]
         else:
             gradients = one.gradients(end, wanted.transpose(0, 1), retain_graph=True)
         chunks.append(one.finish(gradients))
@@ -100,11 +99,11 @@ def pooled_matrix(one: MapPass, lengths: Tensor | None, end: Tensor) -> Tensor |
     A number where it is a multiple of the identity; ``None`` where there is no such matrix. Behind
     a norm of the encoder's own, held constant, images share it up to their ``lengths`` ``[B, 1]``.
     """
-    tail = _find_pooled_tail(one, end)
-    if tail is None:
+    gradients = _behind_pooling(one, end)
+    if gradients is None:
         return None
     basis = torch.eye(end.shape[1]).to(end).expand(len(end), -1, -1)
-    found = tail.gradients(basis if lengths is None else basis * lengths.to(end)[:, None])[..., 0]
+    found = gradients(basis if lengths is None else basis * lengths.to(end)[:, None])[..., 0]
     matrix, scale = found[0], found.abs().amax()
     if ((found - matrix).abs() > 16 * torch.finfo(end.dtype).eps * scale).any():
         return None
@@ -183,31 +182,12 @@ def _directions(scores: ModelScores, end: Tensor, indices: Tensor) -> tuple[Tens
     return torch.cat(parts), torch.cat(picked)
 
 
-@dataclass(frozen=True)
-class PooledTail:
-    """A tail that reads the layer through one tensor of a value per image and channel.
+def _behind_pooling(one: MapPass, end: Tensor) -> Callable[[Tensor], Tensor] | None:
+    """Directions ``[B, c, M]`` -> gradients ``[B, c, C, 1]``, if all regions are pooled alike.
 
-    ``pooled`` is its place in the graph of ``end``; ``share`` ``[B, 1, 1]`` of the gradient there
-    is that of each region.
-    """
-
-    end: Tensor
-    pooled: GradientEdge
-    share: Tensor
-
-    def gradients(self, directions: Tensor) -> Tensor:
-        """Directions ``[B, c, M]`` -> gradients ``[B, c, C, 1]``, the same at every region."""
-        cotangents = directions.transpose(0, 1)
-        (found,) = products(self.end, [self.pooled], cotangents, retain_graph=True)
-        assert found is not None  # a gradient came by when the tail was found
-        return (found.transpose(0, 1).flatten(2) * self.share)[..., None]
-
-
-def _find_pooled_tail(one: MapPass, end: Tensor) -> PooledTail | None:
-    """Find the tensor that all regions are pooled into, if there is one.
-
-    The proof compares values: on a GPU it is waited for, once. ``None`` in half precision, where
-    the comparison could not tell.
+    The tensor they are pooled into is found by looking at what passes by on the way back. That
+    compares values: on a GPU it is waited for, once. ``None`` in half precision too, where the
+    comparison could not tell.
     """
     several = [len(maps) for maps in one.activations] != [1]
     if several or end.dtype not in (torch.float32, torch.float64):
@@ -223,12 +203,12 @@ def _find_pooled_tail(one: MapPass, end: Tensor) -> PooledTail | None:
         if first is not None and len(first) == batch and first.numel() == batch * channels:
             passed.append((node, first.flatten(1)))
 
-    nodes, ahead = set[Any](), [end.grad_fn]
-    while ahead:
-        node = ahead.pop()
-        if node is not None and node not in nodes:
-            nodes.add(node)
-            ahead += [before for before, _ in node.next_functions]
+    nodes: list[Any] = [end.grad_fn] if end.requires_grad else []
+    seen = {None, *nodes}
+    for node in nodes:
+        before = {step for step, _ in node.next_functions} - seen
+        seen |= before
+        nodes += before
     handles = [node.register_prehook(partial(note, node)) for node in nodes]
     try:
         cotangent = probe.to(end, non_blocking=True)[None]
@@ -243,8 +223,13 @@ def _find_pooled_tail(one: MapPass, end: Tensor) -> PooledTail | None:
         place = gradient.abs().argmax(dim=1, keepdim=True)
         share = answer[..., 0].gather(1, place) / gradient.gather(1, place)
         share = share.nan_to_num(0)  # of a gradient of zeros
-        gap = (gradient * share)[..., None] - answer
-        found.append(PooledTail(end, GradientEdge(node, 0), share[:, None]))
-        equal.append((gap.abs() <= eps).all())
+        found.append(partial(_gradients, end, GradientEdge(node, 0), share[:, None]))
+        equal.append((((gradient * share)[..., None] - answer).abs() <= eps).all())
     proved = torch.stack(equal).tolist() if equal else []
     return next(compress(found, proved), None)
+
+
+def _gradients(end: Tensor, pooled: GradientEdge, share: Tensor, directions: Tensor) -> Tensor:
+    (found,) = products(end, [pooled], directions.transpose(0, 1), retain_graph=True)
+    assert found is not None  # a gradient came by when the tail was found
+    return (found.transpose(0, 1).flatten(2) * share)[..., None]

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import compress
 from typing import Any
 
 import torch
@@ -22,7 +23,6 @@ from fam_plugins.core.own_norm import hold_own_norm
 from fam_plugins.core.similarity import Similarity, as_similarity
 
 __all__ = ["Frozen", "check_embeddings", "embed", "frozen_scores", "score"]
-
 
 Consequence = Callable[[], None] | Exception
 """What follows if a doubt is true: a call that warns or raises, or what to raise."""
@@ -106,24 +106,21 @@ def frozen_scores(frozen: Frozen | None = None, *, replay: bool = False) -> Iter
 
 
 def doubt(flag: Tensor, consequence: Consequence) -> None:
-    """See to it that a bool on the device, if true, has its consequence.
+    """See to what follows if a bool on the device is true.
 
     In the pass of an explainer that is at its end, where one transfer tells all of them, so that a
     GPU is waited for once; elsewhere at once.
     """
     noted = ACTIVE.get()
-    if noted is not None and noted.doubts is not None:
-        noted.doubts.append((flag, consequence))
-    else:
-        _settle([(flag, consequence)])
+    if noted is None or noted.doubts is None:
+        return _settle([(flag, consequence)])
+    return noted.doubts.append((flag, consequence))
 
 
 def _settle(doubts: list[tuple[Tensor, Consequence]]) -> None:
-    flags = [flag.to(doubts[0][0].device) for flag, _ in doubts]
-    told = torch.stack(flags).tolist() if flags else []
-    true = [consequence for (_, consequence), is_true in zip(doubts, told, strict=True) if is_true]
-    doubts.clear()
-    for consequence in true:
+    noted, doubts[:] = doubts[:], []
+    flags = [flag.to(noted[0][0].device) for flag, _ in noted]
+    for _, consequence in compress(noted, torch.stack(flags).tolist() if flags else []):
         if isinstance(consequence, Exception):
             raise consequence
         consequence()
@@ -230,9 +227,7 @@ def embed(
         images, *further = pixels_of(images)  # type: ignore[assignment]
     if isinstance(images, Tensor) and images.dim() > 0 and images.shape[0] == 0:
         raise ValueError("the batch is empty: pass at least one image")
-    # Not len(), which would fix a traced batch; and before the pass, behind whose layer every look
-    # at a tensor is seen.
-    count = images.shape[0]
+    count = images.shape[0]  # len() would fix a traced batch; behind a layer looks are seen
     try:
         given = image_call(encoder)(images, *further, **(forward_kwargs or {}))
     except ValueError as error:  # of a batch norm, or of B, C, H, W = images.shape

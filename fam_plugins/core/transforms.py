@@ -220,7 +220,7 @@ def _for_tokens(
             f"layer {name!r} gives tokens first, {tuple(given)}: {_suggest_grid(given[0], 1)} "
             "behind a transpose, lambda x: tokens_to_map(...)(x.transpose(0, 1))"
         )
-    kinds = _prefix(around)
+    kinds = prefix_of(model, layer, around)
     # Those that take images of another size only when told to.
     strict = any("interpolate_pos_encoding" in _arguments(part) for part in around)
     # Models of transformers take images of any size, those of torchvision and open_clip of one.
@@ -253,7 +253,9 @@ _PREFIX = {
 }
 
 
-def prefix_of(model: object, layer: nn.Module | str) -> dict[str, int]:
+def prefix_of(
+    model: object, layer: nn.Module | str, around: Sequence[nn.Module] | None = None
+) -> dict[str, int]:
     """How many tokens of each kind stand in front of the patches, in their order.
 
     Read from the parameters of the modules around the layer. A layer may run before they are added;
@@ -265,10 +267,7 @@ def prefix_of(model: object, layer: nn.Module | str) -> dict[str, int]:
         >>> prefix_of(vit, "encoder")
         {'class token': 1}
     """
-    return _prefix(_around(model, find_layer(model, layer)[0]))
-
-
-def _prefix(around: list[nn.Module]) -> dict[str, int]:
+    around = _around(model, find_layer(model, layer)[0]) if around is None else around
     kinds = {name: kind for kind, names in _PREFIX.items() for name in names}
     for owner in around:
         own = {name.rpartition(".")[2]: p for name, p in owner.named_parameters()}
