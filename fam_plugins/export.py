@@ -13,7 +13,7 @@ from fam_plugins.core.choose_layer import choose_layer
 from fam_plugins.core.eval_mode import check_module, eval_mode, place_of
 from fam_plugins.core.gallery import Gallery
 from fam_plugins.core.layer_pass import LayerPass
-from fam_plugins.core.many import map_references, pooled_matrix
+from fam_plugins.core.many import behind_pooling, map_references
 from fam_plugins.core.maps import MapPass, maps_of
 from fam_plugins.core.own_norm import hold_own_norm
 from fam_plugins.core.rules import Rule, choose_rule
@@ -143,14 +143,17 @@ class _Recorded:
         end = one.run(forward, images)
         frozen = self.scores.model is not None and one.rule.frozen
         lengths = hold_own_norm(end) if frozen else None
-        self.matrix, self.own_norm = pooled_matrix(one, lengths, end), lengths is not None
-        ones = torch.ones_like(end[:, :1]).detach() if lengths is None else lengths
-        # Both images may be on one side of every ReLU.
-        if self.matrix is not None and not one.is_affine(end, ones, partial(run, images[:1])):
-            self.matrix = None
+        self.own_norm, self.matrix = lengths is not None, torch.empty(0)  # of a pooled tail
+        lengths = torch.ones_like(end[:, :1]).detach() if lengths is None else lengths
+        pooled = behind_pooling(one, end)
+        if pooled is not None and one.is_affine(end, lengths, partial(run, images[:1])):
+            basis = torch.eye(end.shape[1]).to(end)
+            matrix = pooled((basis * lengths[:, None]).detach())[0, ..., 0]
+            plain = matrix.shape == basis.shape and torch.equal(matrix, matrix[0, 0] * basis)
+            self.matrix = matrix[0, :1] if plain else matrix
         self.model, self.rule, self.held, self.smooth = model, one.rule, one.held, one.smooth
         self.transform: Transform = one.transforms[0] or nn.Identity()
-        if self.matrix is None and self.count > MOST:
+        if not len(self.matrix) and self.count > MOST:
             raise ValueError(
                 f"the tail behind the layer does not pool, so that each of {self.count} references "
                 f"takes a step through it: export at most {MOST}, or a later layer"
@@ -164,10 +167,10 @@ class _Recorded:
         with torch.enable_grad():
             scores, slopes = self._slopes(end.detach())
         ((given,),) = one.tracked
-        if self.matrix is not None:
+        if len(self.matrix):
             slopes = slopes if lengths is None else slopes / lengths[:, None]
             with full_precision(slopes.device):
-                slopes = slopes @ self.matrix if self.matrix.dim() else slopes * self.matrix
+                slopes = slopes @ self.matrix if self.matrix.dim() > 1 else slopes * self.matrix
             return scores, self._maps(given, slopes[..., None])
         maps = []
         for slope in slopes.unbind(dim=1):

@@ -25,7 +25,7 @@ from fam_plugins.core.maps import MapPass
 from fam_plugins.core.own_norm import hold_own_norm
 from fam_plugins.core.similarity_model import ModelScores
 
-__all__ = ["as_indices", "map_references", "pooled_matrix"]
+__all__ = ["as_indices", "behind_pooling", "map_references"]
 
 _IMAGES = 8
 """Images per group: bounds what different references for every image cost together."""
@@ -70,7 +70,7 @@ def map_references(
             chosen = indices.to("cpu", copy=True)
     if scores.model is not None and one.rule.frozen:
         hold_own_norm(end)
-    pooled = _behind_pooling(one, end) if chosen.shape[1] > 1 else None
+    pooled = behind_pooling(one, end) if chosen.shape[1] > 1 else None
     chunks, explained = [], []
     for part in torch.split(chosen, per_chunk, dim=1):
         with one.frozen():
@@ -91,24 +91,6 @@ def map_references(
         shares = [(region_sum(maps, leading=2), total) for maps in found]
         warn_of_coverage(one.rule, one.constants, *shares)
     return found
-
-
-def pooled_matrix(one: MapPass, lengths: Tensor | None, end: Tensor) -> Tensor | None:
-    """The matrix ``[M, C]`` that takes directions to gradients, the same at every region and image.
-
-    A number where it is a multiple of the identity; ``None`` where there is no such matrix. Behind
-    a norm of the encoder's own, held constant, images share it up to their ``lengths`` ``[B, 1]``.
-    """
-    gradients = _behind_pooling(one, end)
-    if gradients is None:
-        return None
-    basis = torch.eye(end.shape[1]).to(end).expand(len(end), -1, -1)
-    found = gradients(basis if lengths is None else basis * lengths.to(end)[:, None])[..., 0]
-    matrix, scale = found[0], found.abs().amax()
-    if ((found - matrix).abs() > 16 * torch.finfo(end.dtype).eps * scale).any():
-        return None
-    plain = matrix.shape[0] == matrix.shape[1] and torch.equal(matrix, matrix[0, 0] * basis[0])
-    return matrix[0, 0] if plain else matrix
 
 
 def as_indices(indices: Any, scores: ModelScores, batch: int, per_chunk: int) -> Tensor | None:
@@ -182,7 +164,7 @@ def _directions(scores: ModelScores, end: Tensor, indices: Tensor) -> tuple[Tens
     return torch.cat(parts), torch.cat(picked)
 
 
-def _behind_pooling(one: MapPass, end: Tensor) -> Callable[[Tensor], Tensor] | None:
+def behind_pooling(one: MapPass, end: Tensor) -> Callable[[Tensor], Tensor] | None:
     """Directions ``[B, c, M]`` -> gradients ``[B, c, C, 1]``, if all regions are pooled alike.
 
     The tensor they are pooled into is found by looking at what passes by on the way back. That

@@ -61,8 +61,7 @@ class MapPass:
 
     scores: Tensor
     constants: dict[str, Tensor]
-    again = True
-    """Whether a second pass with the same draws (:meth:`constant`) may be asked for."""
+    again = True  # whether a second pass with the same draws may be asked for
 
     def __init__(
         self,

@@ -60,8 +60,8 @@ def hold_own_norm(embeddings: Tensor) -> Tensor | None:
 
     if length is None:  # held already, by a frozen tail
         factor = node._saved_other.detach().to(rows)
-        factor = factor.reshape(*factor.shape[:1], -1)[..., :1]
-        lengths = factor if node.name() == "DivBackward0" else 1 / factor
+        lengths = factor.reshape(*factor.shape[:1], -1)[..., :1]
+        lengths = lengths if node.name() == "DivBackward0" else 1 / lengths
     else:
         node.register_hook(hold)
         divided = (node._saved_self if place else node._saved_other).detach().to(rows)

@@ -24,9 +24,6 @@ from fam_plugins.core.similarity import Similarity, as_similarity
 
 __all__ = ["Frozen", "check_embeddings", "embed", "frozen_scores", "score"]
 
-Consequence = Callable[[], None] | Exception
-"""What follows if a doubt is true: a call that warns or raises, or what to raise."""
-
 
 @dataclass
 class Frozen:
@@ -46,7 +43,7 @@ class Frozen:
     contrasted: bool = False
     traced: bool = False
     zero: list[Tensor] = field(default_factory=list)
-    doubts: list[tuple[Tensor, Consequence]] | None = None
+    doubts: list[tuple[Tensor, Any]] | None = None
     _replay: Iterator[tuple[Tensor, Tensor | None]] | None = None
 
     def at(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,11 +102,10 @@ def frozen_scores(frozen: Frozen | None = None, *, replay: bool = False) -> Iter
         frozen._replay = None
 
 
-def doubt(flag: Tensor, consequence: Consequence) -> None:
-    """See to what follows if a bool on the device is true.
+def doubt(flag: Tensor, consequence: Callable[[], None] | Exception) -> None:
+    """Call a consequence, or raise it, if a bool on the device is true.
 
-    In the pass of an explainer that is at its end, where one transfer tells all of them, so that a
-    GPU is waited for once; elsewhere at once.
+    At once, or at the end of an explainer's pass: one transfer, so that a GPU is waited for once.
     """
     noted = ACTIVE.get()
     if noted is None or noted.doubts is None:
@@ -117,7 +113,7 @@ def doubt(flag: Tensor, consequence: Consequence) -> None:
     return noted.doubts.append((flag, consequence))
 
 
-def _settle(doubts: list[tuple[Tensor, Consequence]]) -> None:
+def _settle(doubts: list[tuple[Tensor, Any]]) -> None:
     noted, doubts[:] = doubts[:], []
     flags = [flag.to(noted[0][0].device) for flag, _ in noted]
     for _, consequence in compress(noted, torch.stack(flags).tolist() if flags else []):
@@ -183,15 +179,10 @@ def score(
         elif contrast is not None:
             scores = subtract_others(scores)
     narrow = scores.to(given)
-
-    def refuse() -> None:
-        raise ValueError(
-            f"scores up to {float(scores.abs().max()):.3g} do not fit into float16: score in "
-            "bfloat16 or float32, or use cosine"
-        )
-
     if given == torch.float16:
-        doubt(~torch.isfinite(narrow).all(), refuse)
+        fix = "score in bfloat16 or float32, or use cosine"
+        error = ValueError(f"scores do not fit into float16: {fix}")
+        doubt(~torch.isfinite(narrow).all(), error)
     return narrow
 
 

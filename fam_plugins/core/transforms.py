@@ -220,7 +220,7 @@ def _for_tokens(
             f"layer {name!r} gives tokens first, {tuple(given)}: {_suggest_grid(given[0], 1)} "
             "behind a transpose, lambda x: tokens_to_map(...)(x.transpose(0, 1))"
         )
-    kinds = prefix_of(model, layer, around)
+    kinds = prefix_of(model, layer)
     # Those that take images of another size only when told to.
     strict = any("interpolate_pos_encoding" in _arguments(part) for part in around)
     # Models of transformers take images of any size, those of torchvision and open_clip of one.
@@ -253,9 +253,7 @@ _PREFIX = {
 }
 
 
-def prefix_of(
-    model: object, layer: nn.Module | str, around: Sequence[nn.Module] | None = None
-) -> dict[str, int]:
+def prefix_of(model: object, layer: nn.Module | str) -> dict[str, int]:
     """How many tokens of each kind stand in front of the patches, in their order.
 
     Read from the parameters of the modules around the layer. A layer may run before they are added;
@@ -267,9 +265,8 @@ def prefix_of(
         >>> prefix_of(vit, "encoder")
         {'class token': 1}
     """
-    around = _around(model, find_layer(model, layer)[0]) if around is None else around
     kinds = {name: kind for kind, names in _PREFIX.items() for name in names}
-    for owner in around:
+    for owner in _around(model, find_layer(model, layer)[0]):
         own = {name.rpartition(".")[2]: p for name, p in owner.named_parameters()}
         # Of [D], [1, n, D] or [n, D].
         counts = {kinds[name]: own[name][..., 0].numel() for name in kinds if name in own}

@@ -179,8 +179,7 @@ class FAM(OnePassCAM):
         scores = ModelScores(self.model)
         chosen = as_indices(indices, scores, len(input_tensor), references_per_chunk)
         input_tensor = input_tensor.to(self.device)
-        one = self._start(input_tensor)
-        with eval_mode(self.model), one.frozen():
+        with eval_mode(self.model), (one := self._start(input_tensor)).frozen():
             found = map_references(
                 one,
                 scores,

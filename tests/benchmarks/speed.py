@@ -3,7 +3,8 @@
 One run, interleaved, ratios first: time is the median over rounds of the ratio to the bare forward
 pass of the same round, with its quartiles. Bytes are what a call hands to ``Tensor.cpu``, which on
 a GPU would leave it; passes are runs of the layer. Peers that take longer than twice the bare pass
-have fewer rounds; ScoreCAM, which runs the model once per channel, has the smallest network only.
+have fewer rounds; on the CPU it is the time of the process on all its threads, which the load of a
+shared machine stretches little. ScoreCAM, which runs the model once per channel, has the smallest network only.
 
     python -m tests.benchmarks.speed --out out     # ten minutes on two cores; out/speed.json, .md
     python -m tests.benchmarks.speed --quick       # a minute: two small networks, 96 px
@@ -206,7 +207,7 @@ def measured(calls: Calls, layer: nn.Module | None, args: argparse.Namespace) ->
     once = {}
     for name, call in calls.items():
         call()
-        once[name] = milliseconds(call, args.device)
+        once[name] = milliseconds(call, args.device, args.clock)
     slow = {name for name in calls if once[name] > 2 * once[first]}
     groups = [[n for n in calls if n not in slow], [first, *slow]]
     rows: dict[str, Row] = {}
@@ -215,7 +216,8 @@ def measured(calls: Calls, layer: nn.Module | None, args: argparse.Namespace) ->
         rounds = min(max(round(budget / needed), 3), 101)
         if len(group) < 2 and rows:
             continue
-        times = interleaved({name: calls[name] for name in group}, rounds, args.device)
+        chosen = {name: calls[name] for name in group}
+        times = interleaved(chosen, rounds, args.device, args.clock)
         for name in group:
             ratios = [t / b for t, b in zip(times[name], times[first], strict=True)]
             low, _, high = quantiles(ratios, n=4)
@@ -295,7 +297,9 @@ def exported(args: argparse.Namespace) -> dict[str, Row]:
             file = Path(folder) / "model.onnx"
             options = {"dynamo": True, "verbose": False, "dynamic_shapes": ({0: "batch"},)}
             torch.onnx.export(one, (images,), file, **options)
-            session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+            alike = onnxruntime.SessionOptions()
+            alike.intra_op_num_threads = torch.get_num_threads()
+            session = onnxruntime.InferenceSession(file, alike, ["CPUExecutionProvider"])
         feed = {session.get_inputs()[0].name: images.numpy()}
         calls[f"{name}, ONNX Runtime"] = partial(session.run, None, feed)
     rows = {}
@@ -375,17 +379,21 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--seconds", type=float, default=8, help="for each network and batch")
+    parser.add_argument("--nets", nargs="+", default=list(NETS), choices=list(NETS))
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--out", type=Path, help="folder for speed.json and speed.md")
     parser.add_argument("--quick", action="store_true", help="two small networks, 96 px")
     args = parser.parse_args()
-    start, nets, batches = time.perf_counter(), list(NETS), (1, 8, 32)
+    start = time.perf_counter()
     if args.quick:
-        args.size, args.seconds, nets, batches = 96, 1.5, nets[:2], (1, 4)
+        args.size, args.seconds, args.nets, args.batches = 96, 1.5, args.nets[:2], [1, 4]
     torch.manual_seed(0)
     warnings.filterwarnings("ignore", 'the regions carry|rule "fam" rescales')
     cuda = args.device.startswith("cuda")
+    args.clock = time.perf_counter if cuda else time.process_time
     kind = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
-    where = f"{kind}, torch {torch.__version__}, {args.size} px"
+    clock = "wall time" if cuda else "CPU time"
+    where = f"{kind}, {clock}, torch {torch.__version__}, {args.size} px"
     found: dict[str, Any] = {"where": where, "load": os.getloadavg()}
     printed = []
 
@@ -394,8 +402,8 @@ def main() -> None:
         print(text, flush=True)
 
     show(where)
-    for name in nets:
-        for batch in batches:
+    for name in args.nets:
+        for batch in args.batches:
             try:
                 found[f"{name}, batch {batch}"] = rows = explainers(name, batch, args)
             except ImportError as error:

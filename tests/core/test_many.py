@@ -140,7 +140,7 @@ class NearlyLinear(nn.Linear):
 
 
 class AroundThePooling(TinyNet):
-    """Off a pooling by a ten-thousandth of one region, which the pooled tensor knows nothing of."""
+    """Off a pooling by a part in a hundred thousand of one region, which the pooled tensor knows nothing of."""
 
     def __init__(self) -> None:
         torch.manual_seed(0)
@@ -149,7 +149,7 @@ class AroundThePooling(TinyNet):
 
     def forward(self, images):
         maps = self.last(self.features(self.relu(self.norm(self.conv(images)))))
-        return self.pool(maps).flatten(1) + 1e-4 * maps[..., 0, 0]
+        return self.pool(maps).flatten(1) + 1e-5 * maps[..., 0, 0]
 
 
 @pytest.fixture
@@ -189,6 +189,19 @@ def test_the_tail_is_passed_no_oftener_than_needed(steps, tail, images, count, e
     indices = torch.arange(count).expand(images, -1)
     LayerFam(model, last(model)).attribute_references(given, indices, references_per_chunk=4)
     assert steps == expected
+
+
+@pytest.mark.parametrize("head", ["linear head", "hidden layer of ReLUs"])
+def test_a_recording_takes_no_side_of_a_relu_for_granted(head):
+    """The images it is made with may all be on one side of every ReLU, others are not."""
+    export = pytest.importorskip("fam_plugins.export")
+    torch.manual_seed(0)
+    hidden = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 6))
+    net = TinyNet(head=nn.Linear(6, 6) if head == "linear head" else hidden).eval()
+    model, images = SimilarityModel(net, ROWS), 20 * IMAGES
+    recorded = export.MapModel(model, "last", rule="additive", example=IMAGES[:1])
+    wanted = LayerFam(model, "last", rule="additive").attribute_references(images)
+    torch.testing.assert_close(recorded(images)[1], wanted[:, :, 0], rtol=1e-5, atol=1e-6)
 
 
 def test_64_references_are_worked_on_at_a_time(steps):
