@@ -42,7 +42,7 @@ class LayerFam(LayerAttribution):
             work), or its name; ``"patches"`` for the patch embedding of a transformer. Left out,
             it is found at the first images, by one more forward pass: the last map in front of
             pooling or attention pooling, for a class token the input of a middle block.
-        device_ids: Accepted as in Captum; maps are computed on one device.
+        device_ids: Accepted as in Captum; maps are computed on one device. One process per GPU.
         rule: ``"centred"`` (``additive`` minus its mean; the best rule for finding what matches),
             ``"additive"`` (signed; sums to the score), ``"gradcam"`` (as ``LayerGradCam``),
             ``"fam"`` (published; channel weights in [0, 1], no ReLU), or a
@@ -223,9 +223,9 @@ class LayerFam(LayerAttribution):
     ) -> Any:
         """Explain each image's score at many references from one forward pass.
 
-        Equal to calling :meth:`attribute` once for every column of ``indices``. Behind global
-        average pooling, with or without a linear projection, a further reference costs one row of
-        a matrix product; behind any other tail, one step through the tail.
+        Equal to calling :meth:`attribute` once for every column of ``indices``. Behind pooling a
+        further reference costs one step through what follows it, such as a projection; behind any
+        other tail, one through the tail. Indices on a GPU are read once, and a proof of the pooling.
 
         Args:
             inputs: As for :meth:`attribute`.

@@ -171,8 +171,7 @@ def behind_pooling(one: MapPass, end: Tensor) -> Callable[[Tensor], Tensor] | No
     compares values: on a GPU it is waited for, once. ``None`` in half precision too, where the
     comparison could not tell.
     """
-    several = [len(maps) for maps in one.activations] != [1]
-    if several or end.dtype not in (torch.float32, torch.float64):
+    if [*map(len, one.activations)] != [1] or end.dtype not in (torch.float32, torch.float64):
         return None
     # A generator of its own: asking for an explanation must not move the user's random numbers.
     generator = torch.Generator().manual_seed(0)

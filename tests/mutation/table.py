@@ -201,7 +201,7 @@ MANY = of(
     "core/many.py",
     "core/test_many.py",
     ("eps = 16 * torch.finfo", "eps = 1e4 * torch.finfo"),
-    ("if several or end.dtype not in (torch.float32, torch.float64):", "if several:"),
+    (" or end.dtype not in (torch.float32, torch.float64):", ":"),
     ("if chosen.shape[1] > 1 else None", ""),
     ("share.nan_to_num(0)", "share"),
     ("next(compress(found, proved), None)", "found[-1]"),
