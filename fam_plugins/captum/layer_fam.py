@@ -225,7 +225,7 @@ class LayerFam(LayerAttribution):
 
         Equal to calling :meth:`attribute` once for every column of ``indices``. Behind pooling a
         further reference costs one step through what follows it, such as a projection; behind any
-        other tail, one through the tail. Indices on a GPU are read once, and a proof of the pooling.
+        other tail, one through the tail. On a GPU indices and the proof of pooling are read once.
 
         Args:
             inputs: As for :meth:`attribute`.
