@@ -172,8 +172,8 @@ def products(
 ) -> list[Tensor | None]:
     """Vector-Jacobian products for cotangents ``[c, *output.shape]``: per input ``[c, ...]``.
 
-    Inputs may be edges of the graph. ``None`` for an input that the output does not depend on. Several cotangents keep the graph and
-    go side by side where the operations allow it.
+    Inputs may be edges of the graph; ``None`` for one that the output does not depend on. Several
+    cotangents keep the graph and go side by side where the operations allow it.
     """
     cotangents = cotangents.to(output)
     grad_kwargs.setdefault("allow_unused", True)
