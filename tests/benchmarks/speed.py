@@ -67,9 +67,9 @@ def torchvision_net(name: str, head: str, layer: str) -> Callable[[], tuple[nn.M
 
 
 def vit() -> tuple[nn.Module, str]:
-    import timm  # only here: the others run without it
-
-    return timm.create_model("vit_small_patch16_224", num_classes=0).eval(), "blocks.5"
+    net = torchvision.models.VisionTransformer(224, 16, 12, 6, 384, 1536).eval()
+    net.heads = nn.Identity()
+    return net, "encoder.layers.encoder_layer_5"
 
 
 NETS: dict[str, Callable[[], tuple[nn.Module, str]]] = {
@@ -123,7 +123,7 @@ def recorded(model: SimilarityModel, layer: str, images: Tensor) -> Calls:
 def peers(model: SimilarityModel, layer: str, images: Tensor, *, every: bool) -> Calls:
     """The partners' methods and torchcam's, on the same model, layer and targets."""
     module, targets = model.encoder.get_submodule(layer), [ClassifierOutputTarget(3)] * len(images)
-    tokens = layer.startswith("blocks")
+    tokens = layer.startswith("encoder.layers")
     transform = tokens_to_map(14, 14) if tokens else None
 
     def cam(method: Any) -> Callable[[], object]:
@@ -150,11 +150,20 @@ def of_torchcam(model: SimilarityModel, layer: str, images: Tensor) -> Calls:
     except ImportError as error:
         print(f"torchcam is left out: {error}")
         return {}
-    if layer.startswith("blocks"):
-        from tests.benchmarks.quality.vit_methods import legrad
+    if layer.startswith("encoder.layers"):
+        blocks = model.encoder.encoder
 
-        chosen = torch.full((len(images),), 3)
-        return {"torchcam's LeGrad": lambda: legrad(model, model, images, chosen)}
+        def score(tokens: Tensor) -> Tensor:
+            return model.score(blocks.ln(tokens)[:, 0])
+
+        def le_grad() -> None:
+            every = list(blocks.layers)
+            with methods.LeGrad(model.encoder, every, score_projection=score) as extractor:
+                model.encoder(images)
+                extractor([3] * len(images), normalized=False)
+            model.zero_grad(set_to_none=True)
+
+        return {"torchcam's LeGrad, all blocks": le_grad}
 
     def grad_cam() -> None:
         with methods.GradCAM(model, f"encoder.{layer}") as extractor:
@@ -404,11 +413,7 @@ def main() -> None:
     show(where)
     for name in args.nets:
         for batch in args.batches:
-            try:
-                found[f"{name}, batch {batch}"] = rows = explainers(name, batch, args)
-            except ImportError as error:
-                show(f"\n{name} is left out: {error}")
-                break
+            found[f"{name}, batch {batch}"] = rows = explainers(name, batch, args)
             show(table(f"{name}, batch {batch}", rows))
     images = torch.randn(8, 3, args.size, args.size, device=args.device)
     found["CAPE"] = measured(cape(images), None, args)
