@@ -4,7 +4,8 @@ One run, interleaved, ratios first: time is the median over rounds of the ratio 
 pass of the same round, with its quartiles. Bytes are what a call hands to ``Tensor.cpu``, which on
 a GPU would leave it; passes are runs of the layer. Peers that take longer than twice the bare pass
 have fewer rounds; on the CPU it is the time of the process on all its threads, which the load of a
-shared machine stretches little. ScoreCAM, which runs the model once per channel, has the smallest network only.
+shared machine stretches little. ScoreCAM, which runs the model for every channel, has the smallest
+network only.
 
     python -m tests.benchmarks.speed --out out     # ten minutes on two cores; out/speed.json, .md
     python -m tests.benchmarks.speed --quick       # a minute: two small networks, 96 px

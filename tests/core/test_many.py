@@ -140,7 +140,7 @@ class NearlyLinear(nn.Linear):
 
 
 class AroundThePooling(TinyNet):
-    """Off a pooling by a part in a hundred thousand of one region, which the pooled tensor knows nothing of."""
+    """Off a pooling by 1e-5 of one region, which the pooled tensor knows nothing of."""
 
     def __init__(self) -> None:
         torch.manual_seed(0)
