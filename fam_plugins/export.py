@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from functools import partial
 from typing import Any
 
@@ -14,11 +13,11 @@ from fam_plugins.core.choose_layer import choose_layer
 from fam_plugins.core.eval_mode import check_module, eval_mode, place_of
 from fam_plugins.core.gallery import Gallery
 from fam_plugins.core.layer_pass import LayerPass
-from fam_plugins.core.many import how_pooled, map_references
+from fam_plugins.core.many import behind_pooling
 from fam_plugins.core.maps import MapPass, maps_of
 from fam_plugins.core.own_norm import hold_own_norm
 from fam_plugins.core.rules import Rule, choose_rule
-from fam_plugins.core.scores import Frozen, frozen_scores
+from fam_plugins.core.scores import Frozen, frozen_scores, full_precision
 from fam_plugins.core.similarity_model import ModelScores
 from fam_plugins.core.smooth import smoothed
 from fam_plugins.core.trace import differentiable, traced
@@ -95,8 +94,8 @@ class MapModel(nn.Module):
                 options = {"transform": reshape_transform, "smooth": smooth, "tail": tail}
                 found = _Recorded(model, layer, images, rule=choose_rule(rule), **options)
                 graph = traced(found, images)
-                gap = (graph(images)[1] - found.expected).abs().amax()
-                if not gap <= 1e-3 * found.expected.abs().amax():
+                gap = (graph(images)[1][:, :1] - found.first).abs().amax()
+                if not gap <= 1e-3 * found.first.abs().amax():
                     raise ValueError(
                         f"the recorded maps are {gap:.2g} off those of the model: does it draw "
                         "random numbers, or keep a state between calls?"
@@ -133,19 +132,31 @@ class _Recorded:
         if isinstance(references, Gallery):
             raise ValueError("the references stay on disk: pass those of interest as a tensor")
         self.layer = choose_layer(model, layer, self.scores.forward, images)
-        forward = partial(self.scores.forward, images)
+        run = self.scores.forward
         one = MapPass(model, [self.layer], regions=1, **options)
-        found = map_references(one, self.scores, forward, images, indices=None, per_chunk=MOST)
-        self.expected = found[0][0][:, :, 0]
-        one = MapPass(model, [self.layer], regions=1, **options)
-        self.count = self.expected.shape[1]
-        self.tail, lengths = how_pooled(
-            one, self.scores, one.run(forward, images), count=sys.maxsize, per_chunk=MOST
-        )
-        self.own_norm = lengths is not None
+        end = one.run(partial(run, images), images)
+        if not isinstance(end, Tensor) or end.dim() != 2:
+            shape = tuple(end.shape) if isinstance(end, Tensor) else type(end).__name__
+            raise ValueError(
+                f"the model returns {shape}, not scores [B, N]: wrap it in a module that picks them"
+            )
+        self.count = end.shape[1] if references is None else len(references)
+        frozen = self.scores.model is not None and one.rule.frozen
+        lengths = hold_own_norm(end) if frozen else None
+        self.own_norm, self.matrix = lengths is not None, torch.empty(0)  # of a pooled tail
+        lengths = torch.ones_like(end[:, :1]).detach() if lengths is None else lengths
+        pooled = behind_pooling(one, end)
+        if pooled is not None and one.is_affine(end, lengths, partial(run, images[:1])):
+            basis = torch.eye(end.shape[1]).to(end)
+            matrix = pooled((basis * lengths[:, None]).detach())[0, ..., 0]
+            plain = matrix.shape == basis.shape and torch.equal(matrix, matrix[0, 0] * basis)
+            self.matrix = matrix[0, :1] if plain else matrix
         self.model, self.rule, self.held, self.smooth = model, one.rule, one.held, one.smooth
         self.transform: Transform = one.transforms[0] or nn.Identity()
-        if self.tail is None and self.count > MOST:
+        ((self.first,),) = one.maps(
+            lambda: (end if self.scores.model is None else self.scores.model.score(end))[:, 0]
+        )
+        if not len(self.matrix) and self.count > MOST:
             raise ValueError(
                 f"the tail behind the layer does not pool, so that each of {self.count} references "
                 f"takes a step through it: export at most {MOST}, or a later layer"
@@ -155,15 +166,15 @@ class _Recorded:
         one = LayerPass(self.model, [self.layer])
         one.behind = differentiable(self.held)
         end = one.run(partial(self.scores.forward, images))
-        lengths = hold_own_norm(end, known=True) if self.own_norm else None
+        lengths = hold_own_norm(end) if self.own_norm else None
         with torch.enable_grad():
             scores, slopes = self._slopes(end.detach())
         ((given,),) = one.tracked
-        if self.tail is not None:
-            gradients = self.tail.gradients(
-                slopes if lengths is None else slopes / lengths[:, None]
-            )
-            return scores, self._maps(given, gradients)
+        if len(self.matrix):
+            slopes = slopes if lengths is None else slopes / lengths[:, None]
+            with full_precision(slopes.device):
+                slopes = slopes @ self.matrix if self.matrix.dim() > 1 else slopes * self.matrix
+            return scores, self._maps(given, slopes[..., None])
         maps = []
         for slope in slopes.unbind(dim=1):
             ((gradient,),) = one.gradients(end, slope[None], retain_graph=True)
@@ -182,14 +193,14 @@ class _Recorded:
             return end, torch.eye(self.count).to(end).expand(end.shape[0], -1, -1)
         scores, slopes = [], []
         # A copy of the embedding for each reference: one gradient of all of them tells each.
-        for rows in torch.arange(self.count, device=end.device).split(MOST):
+        for rows in torch.split(torch.arange(self.count, device=end.device), MOST):
             copies = end[:, None].expand(-1, len(rows), -1).flatten(0, 1).clone().requires_grad_()
             with frozen_scores(Frozen(freeze=self.rule.frozen, traced=True)):
-                each = model.score(copies, rows).unflatten(0, (-1, len(rows)))
+                each = torch.unflatten(model.score(copies, rows), 0, (-1, len(rows)))
             own = (each * torch.eye(len(rows)).to(each)).sum(dim=2)
             (slope,) = torch.autograd.grad(own.sum(), copies)
             scores.append(own.detach())
-            slopes.append(slope.unflatten(0, (-1, len(rows))))
+            slopes.append(torch.unflatten(slope, 0, (-1, len(rows))))
         return torch.cat(scores, dim=1), torch.cat(slopes, dim=1)
 
 

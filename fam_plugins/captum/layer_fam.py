@@ -42,7 +42,7 @@ class LayerFam(LayerAttribution):
             work), or its name; ``"patches"`` for the patch embedding of a transformer. Left out,
             it is found at the first images, by one more forward pass: the last map in front of
             pooling or attention pooling, for a class token the input of a middle block.
-        device_ids: Accepted as in Captum; maps are computed on one device.
+        device_ids: Accepted as in Captum; maps are computed on one device. One process per GPU.
         rule: ``"centred"`` (``additive`` minus its mean, by a ``tail`` of its own; the best rule
             for finding what matches), ``"additive"`` (signed; sums to the score), ``"gradcam"`` (as
             ``LayerGradCam``), ``"fam"`` (published; channel weights in [0, 1], no ReLU), or a
@@ -163,11 +163,12 @@ class LayerFam(LayerAttribution):
         one, forward = self._start(
             scores, inputs, additional_forward_args, attribute_to_layer_input
         )
-        (maps,) = one.explain(
-            forward, inputs, scores.select, sum_channels=attr_dim_summation, **(grad_kwargs or {})
-        )
+        one.again = return_convergence_delta
+        options = {"sum_channels": attr_dim_summation, **(grad_kwargs or {})}
+        with one.frozen():
+            (maps,) = one.explain(forward, inputs, scores.select, **options)
+            warn_of_coverage(one.rule, one.constants, (one.sums[0][:, 0], one.scores))
         result = _shown(maps, relu_attributions)
-        warn_of_coverage(one.rule, one.constants, (one.sums[0][:, 0], one.scores))
         if not return_convergence_delta:
             return result
         return result, Decomposition.of(maps, _parts(one, maps, scores, forward), one.scores).gap
@@ -222,9 +223,9 @@ class LayerFam(LayerAttribution):
     ) -> Any:
         """Explain each image's score at many references from one forward pass.
 
-        Equal to calling :meth:`attribute` once for every column of ``indices``. Behind global
-        average pooling, with or without a linear projection, a further reference costs one row of
-        a matrix product; behind any other tail, one step through the tail.
+        Equal to calling :meth:`attribute` once for every column of ``indices``. Behind pooling a
+        further reference costs one step through what follows it, such as a projection; behind any
+        other tail, one through the tail. On a GPU indices and the proof of pooling are read once.
 
         Args:
             inputs: As for :meth:`attribute`.
@@ -255,9 +256,10 @@ class LayerFam(LayerAttribution):
         scores = ModelScores(self.forward_func)
         chosen = as_indices(indices, scores, batch_size(inputs), references_per_chunk)
         one, forward = self._start(scores, inputs, additional_forward_args)
-        (maps,) = map_references(
-            one, scores, forward, inputs, indices=chosen, per_chunk=references_per_chunk
-        )
+        with one.frozen():
+            (maps,) = map_references(
+                one, scores, forward, inputs, indices=chosen, per_chunk=references_per_chunk
+            )
         return _shown(maps, relu_attributions)
 
     def has_convergence_delta(self) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 from fam_plugins.core.layer_pass import LayerTensors
 from fam_plugins.core.messages import warn_user
 from fam_plugins.core.rules import Rule
+from fam_plugins.core.scores import doubt
 
 __all__ = ["Decomposition", "region_sum", "warn_of_coverage"]
 
@@ -69,19 +70,21 @@ def warn_of_coverage(
     if not rule.adds_up and not (rule.centred and TOKENS & {*constants}):
         return
     least = 0.5 if rule.adds_up else 0.1
-    for regions, scores in sums_and_scores:
-        if regions.shape != scores.shape:
-            continue  # one score for the whole batch
-        low = (regions.abs() < scores.abs() * least).nonzero()
-        if len(low):
-            where = tuple(low[0].tolist())
-            total, part = float(scores[where]), float(regions[where])
-            most = max(constants, key=lambda name: float(constants[name].abs().sum()), default="")
-            fix = "read the map as shares of that"
-            if most in TOKENS:
-                fix = f"the {most} has most of the rest, so explain an earlier layer or 'patches'"
-            warn_user(
-                f"the regions carry {part:.3g} of a score of {total:.3g} (image {where[0]}): "
-                f"{fix}; LayerFam.decompose names the rest"
-            )
-            return
+    # One score for the whole batch is left out.
+    pairs = [(r, s, r.abs() < s.abs() * least) for r, s in sums_and_scores if r.shape == s.shape]
+
+    def warn() -> None:
+        regions, scores, low = next(pair for pair in pairs if pair[2].any())
+        where = tuple(low.nonzero()[0].tolist())
+        total, part = float(scores[where]), float(regions[where])
+        most = max(constants, key=lambda name: float(constants[name].abs().sum()), default="")
+        fix = "read the map as shares of that"
+        if most in TOKENS:
+            fix = f"the {most} has most of the rest, so explain an earlier layer or 'patches'"
+        warn_user(
+            f"the regions carry {part:.3g} of a score of {total:.3g} (image {where[0]}): "
+            f"{fix}; LayerFam.decompose names the rest"
+        )
+
+    if pairs:
+        doubt(torch.cat([low.flatten() for *_, low in pairs]).any(), warn)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 
 import torch
 from torch import nn
@@ -36,12 +37,15 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
     check_module(module)
     with _lock:
         # What is in eval mode by itself stays there, whoever comes and goes.
-        parts = [part for part in module.modules() if part.training or part in _held]
+        # Neither modules() nor eval(): in small networks either walk shows.
+        everything = [module]
+        for part in everything:
+            everything += (inner for inner in part._modules.values() if inner is not None)
+        parts = [p for p in dict.fromkeys(everything) if p.training or p in _held]
         for part in parts:
             _held[part] = _held.get(part, 0) + 1
+            part.training = False
     try:
-        if parts:
-            module.eval()
         yield
     finally:
         with _lock:
@@ -54,7 +58,7 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
 
 def place_of(module: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
     """Device and floating dtype of a module's weights; ``None`` where it has none."""
-    for tensor in (*module.parameters(), *module.buffers()):
+    for tensor in chain(module.parameters(), module.buffers()):
         if tensor.is_floating_point():
             return tensor.device, tensor.dtype
     return None, None

@@ -71,7 +71,7 @@ class LayerPass:
             for layer in self._names:
                 handles.append(self._watch(layer))
             # Leaving the block restores the caller's gradient mode, whatever the hooks set.
-            with self._entered, torch.inference_mode(False), torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad(), self._entered:
                 output = forward()
         finally:
             for handle in handles:
@@ -168,12 +168,12 @@ class LayerPass:
 
 
 def products(
-    output: Tensor, inputs: Sequence[Tensor], cotangents: Tensor, **grad_kwargs: Any
+    output: Tensor, inputs: Sequence[Any], cotangents: Tensor, **grad_kwargs: Any
 ) -> list[Tensor | None]:
     """Vector-Jacobian products for cotangents ``[c, *output.shape]``: per input ``[c, ...]``.
 
-    ``None`` for an input that the output does not depend on. Several cotangents keep the graph and
-    go side by side where the operations allow it.
+    Inputs may be edges of the graph; ``None`` for one that the output does not depend on. Several
+    cotangents keep the graph and go side by side where the operations allow it.
     """
     cotangents = cotangents.to(output)
     grad_kwargs.setdefault("allow_unused", True)

@@ -1,30 +1,31 @@
 """Maps for many references from one forward pass of the queries.
 
-Behind a layer there is usually a global average pooling, perhaps followed by a linear projection.
-Then the gradient of any direction in the embedding is a matrix product away and the same at every
-region. Whether that is so is not guessed from module names but measured: a random direction is
-sent back through the tail once and compared with what the matrix predicts.
+Behind a layer there is usually a global average pooling, perhaps followed by a projection head.
+Then the gradient is the same at every region, and only the steps behind the pooling need be
+differentiated for each reference. Whether that is so is not guessed from module names but measured:
+a random direction is sent back through the tail once, and looked at on its way.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
+from itertools import compress
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from fam_plugins.core.decompose import warn_of_coverage
 from fam_plugins.core.layer_pass import LayerTensors, products
 from fam_plugins.core.maps import MapPass
 from fam_plugins.core.own_norm import hold_own_norm
-from fam_plugins.core.scores import full_precision
 from fam_plugins.core.similarity_model import ModelScores
 
-__all__ = ["PooledTail", "as_indices", "how_pooled", "map_references"]
+__all__ = ["as_indices", "behind_pooling", "map_references"]
 
 _IMAGES = 8
 """Images per group: bounds what different references for every image cost together."""
@@ -42,8 +43,10 @@ def map_references(
     """Run a model once on images and explain its scores at indices ``[B, k]``; all by default.
 
     ``forward`` calls ``scores.forward``. Returns for each layer its maps ``[B, k, 1, ...]``; at
-    most ``per_chunk`` references per image are worked on at a time.
+    most ``per_chunk`` references per image are worked on at a time. Inside ``one.frozen()`` values
+    are checked at its end.
     """
+    one.again = False
     end = one.run(forward, images)
     if not isinstance(end, Tensor):
         raise TypeError(
@@ -56,23 +59,25 @@ def map_references(
             "a time"
         )
     count = end.shape[1] if scores.model is None else len(scores.model.references)
-    # Inference mode would make tensors here that autograd refuses to index with.
+    # Indices stay on the host, where unique() keeps no GPU waiting. Inference mode would make
+    # tensors here that autograd refuses to index with.
     with torch.inference_mode(False):
         if indices is None:
-            chosen = torch.arange(count, device=end.device).repeat(len(end), 1)
+            chosen = torch.arange(count, device="cpu").repeat(len(end), 1)
         else:
             if scores.model is None:  # the references of the others were counted before the pass
                 _check_range(indices, count)
-            chosen = indices.to(end.device, copy=True)
-    tail, lengths = how_pooled(one, scores, end, count=chosen.shape[1], per_chunk=per_chunk)
+            chosen = indices.to("cpu", copy=True)
+    if scores.model is not None and one.rule.frozen:
+        hold_own_norm(end)
+    pooled = behind_pooling(one, end) if chosen.shape[1] > 1 else None
     chunks, sums, explained = [], [], []
     for part in torch.split(chosen, per_chunk, dim=1):
         with one.frozen():
             wanted, values = _directions(scores, end, part)
         explained.append(values)
-        if tail is not None:
-            shared = wanted if lengths is None else wanted / lengths[:, None]
-            gradients = [[tail.gradients(shared)]]
+        if pooled is not None:
+            gradients = [[pooled(wanted)]]
         else:
             gradients = one.gradients(end, wanted.transpose(0, 1), retain_graph=True)
         chunks.append(one.finish(gradients))
@@ -87,26 +92,6 @@ def map_references(
         shares = [(torch.cat(of_layer, dim=1), total) for of_layer in zip(*sums, strict=True)]
         warn_of_coverage(one.rule, one.constants, *shares)
     return found
-
-
-def how_pooled(
-    one: MapPass, scores: ModelScores, end: Tensor, *, count: int, per_chunk: int
-) -> tuple[PooledTail | None, Tensor | None]:
-    """The pooled tail of a pass that ended in ``end``, if worth finding for ``count`` directions.
-
-    Behind a norm of the encoder's own, held constant, images share it up to their lengths
-    ``[B, 1]``; ``None`` where there is no such norm.
-    """
-    held = hold_own_norm(end) if scores.model is not None and one.rule.frozen else None
-    lengths = None if held is None else held.to(end)
-    if [len(maps) for maps in one.activations] != [1]:
-        return None, lengths
-
-    def backward(each: Tensor) -> Tensor:
-        each = each if lengths is None else each * lengths
-        return one.gradients(end, each, retain_graph=True)[0][0]
-
-    return _find_pooled_tail(backward, end, count=count, per_chunk=per_chunk), lengths
 
 
 def as_indices(indices: Any, scores: ModelScores, batch: int, per_chunk: int) -> Tensor | None:
@@ -139,7 +124,7 @@ def as_indices(indices: Any, scores: ModelScores, batch: int, per_chunk: int) ->
             f"indices have {len(chosen)} rows and there are {batch} images: pass one row per image "
             "(were they searched with another batch?)"
         )
-    chosen = chosen.detach().to(torch.int64)
+    chosen = chosen.detach().to("cpu", torch.int64)
     _check_range(chosen, None if scores.model is None else len(scores.model.references))
     return chosen
 
@@ -161,6 +146,7 @@ def _check_range(chosen: Tensor, count: int | None) -> None:
 def _directions(scores: ModelScores, end: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
     """Gradient of the scores at ``[B, c]`` by the end ``[B, M]``, ``[B, c, M]``; the scores."""
     if scores.model is None:
+        indices = indices.to(end.device, non_blocking=True)
         return F.one_hot(indices, end.shape[1]).to(end.dtype), end.detach().gather(1, indices)
     parts, picked = [], []
     for group, chosen in zip(
@@ -168,6 +154,7 @@ def _directions(scores: ModelScores, end: Tensor, indices: Tensor) -> tuple[Tens
     ):
         with torch.inference_mode(False), torch.enable_grad():
             rows, places = torch.unique(chosen, return_inverse=True)
+            places = places.to(end.device, non_blocking=True)
             leaf = group.clone().requires_grad_()
             values = scores.model.score(leaf, rows)
             (found,) = products(values, [leaf], F.one_hot(places.T, values.shape[1]))
@@ -178,64 +165,53 @@ def _directions(scores: ModelScores, end: Tensor, indices: Tensor) -> tuple[Tens
     return torch.cat(parts), torch.cat(picked)
 
 
-@dataclass(frozen=True)
-class PooledTail:
-    """A tail that averages all regions and then applies a matrix ``[M, C]``; ``None``: identity."""
+def behind_pooling(one: MapPass, end: Tensor) -> Callable[[Tensor], Tensor] | None:
+    """Directions ``[B, c, M]`` -> gradients ``[B, c, C, 1]``, if all regions are pooled alike.
 
-    matrix: Tensor | None
-    regions: int
-
-    def gradients(self, directions: Tensor) -> Tensor:
-        """Directions ``[B, c, M]`` -> gradients ``[B, c, C, 1]``, the same at every region."""
-        if self.matrix is not None:
-            with full_precision(directions.device):
-                directions = directions @ self.matrix
-        return (directions / self.regions)[..., None]
-
-
-def _find_pooled_tail(
-    backward: Callable[[Tensor], Tensor], end: Tensor, *, count: int, per_chunk: int
-) -> PooledTail | None:
-    """Find out from what a tail does to directions ``[c, B, M]`` whether it is pooled.
-
-    ``backward`` returns ``[B, c, C, R]``. The matrix is only looked for where finding it takes
-    fewer steps than the ``count`` directions that are wanted. ``None`` in half precision too, where
-    the comparison could not tell.
+    The tensor they are pooled into is found by looking at what passes by on the way back. That
+    compares values: on a GPU it is waited for, once. ``None`` in half precision too, where the
+    comparison could not tell.
     """
-    if end.dtype not in (torch.float32, torch.float64) or count < 2:
+    if [*map(len, one.activations)] != [1] or end.dtype not in (torch.float32, torch.float64):
         return None
-    batch, width = end.shape
     # A generator of its own: asking for an explanation must not move the user's random numbers.
     generator = torch.Generator().manual_seed(0)
-    probe = torch.randn(batch, width, generator=generator, dtype=torch.float64, device="cpu")
-    probe = probe.to(end)
-    answer = backward(probe[None])[:, 0]
-    channels, regions = answer.shape[1:]
-    if not _close(answer[..., :1].expand_as(answer), answer):
-        return None
-    pooled = PooledTail(None, regions)
-    if channels == width and _predicts(pooled, probe, answer):
-        return pooled
-    steps = -(-width // batch)
-    if steps >= count:
-        return None
-    # Every image carries another row of the matrix; whether they share one is checked below.
-    rows = torch.zeros(steps * batch, width, dtype=end.dtype, device=end.device)
-    rows[:width] = torch.eye(width, dtype=end.dtype, device=end.device)
-    found = [
-        backward(chunk)[..., 0].transpose(0, 1).flatten(0, 1)
-        for chunk in torch.split(rows.reshape(steps, batch, width), per_chunk)
-    ]
-    pooled = PooledTail(torch.cat(found)[:width] * regions, regions)
-    return pooled if _predicts(pooled, probe, answer) else None
+    probe = torch.randn(end.shape, generator=generator, dtype=torch.float64, device="cpu")
+    batch, channels = one.activations[0][0].shape[:2]
+    passed: list[tuple[Any, Tensor]] = []
+
+    def note(node: Any, gradients: Any) -> None:
+        first = gradients[0]
+        if first is not None and len(first) == batch and first.numel() == batch * channels:
+            passed.append((node, first.flatten(1)))
+
+    nodes: list[Any] = [end.grad_fn] if end.requires_grad else []
+    seen = {None, *nodes}
+    for node in nodes:
+        before = {step for step, _ in node.next_functions} - seen
+        seen |= before
+        nodes += before
+    handles = [node.register_prehook(partial(note, node)) for node in nodes]
+    try:
+        cotangent = probe.to(end, non_blocking=True)[None]
+        answer = one.gradients(end, cotangent, retain_graph=True)[0][0][:, 0]
+    finally:
+        for handle in handles:
+            handle.remove()
+    # Equal to the rounding of a quotient: an error beyond it would show in the maps.
+    eps = 16 * torch.finfo(answer.dtype).eps * answer.abs().amax(dim=(1, 2), keepdim=True)
+    found, equal = [], []
+    for node, gradient in passed:
+        place = gradient.abs().argmax(dim=1, keepdim=True)
+        share = answer[..., 0].gather(1, place) / gradient.gather(1, place)
+        share = share.nan_to_num(0)  # of a gradient of zeros
+        found.append(partial(_gradients, end, GradientEdge(node, 0), share[:, None]))
+        equal.append((((gradient * share)[..., None] - answer).abs() <= eps).all())
+    proved = torch.stack(equal).tolist() if equal else []
+    return next(compress(found, proved), None)
 
 
-def _predicts(tail: PooledTail, probe: Tensor, answer: Tensor) -> bool:
-    return _close(tail.gradients(probe[:, None])[:, 0].expand_as(answer), answer)
-
-
-def _close(predicted: Tensor, answer: Tensor) -> bool:
-    """Equal to the rounding of a matrix product: an error beyond it would show in the maps."""
-    scale = answer.abs().amax(dim=(1, 2), keepdim=True)
-    gap = (predicted - answer).abs()
-    return bool((gap <= 16 * torch.finfo(answer.dtype).eps * scale).all())
+def _gradients(end: Tensor, pooled: GradientEdge, share: Tensor, directions: Tensor) -> Tensor:
+    (found,) = products(end, [pooled], directions.transpose(0, 1), retain_graph=True)
+    assert found is not None  # a gradient came by when the tail was found
+    return (found.transpose(0, 1).flatten(2) * share)[..., None]

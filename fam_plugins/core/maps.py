@@ -20,7 +20,7 @@ from fam_plugins.core.layer_pass import LayerPass, LayerTensors, fits_image
 from fam_plugins.core.messages import unknown_name, warn_user
 from fam_plugins.core.own_norm import hold_own_norm
 from fam_plugins.core.rules import RULES, Rule, find_rule
-from fam_plugins.core.scores import ACTIVE, Frozen, frozen_scores, full_precision
+from fam_plugins.core.scores import ACTIVE, Frozen, doubt, frozen_scores, full_precision
 from fam_plugins.core.smooth import smoothed
 from fam_plugins.core.tail_constants import TailConstants
 from fam_plugins.core.transforms import Transform, prefix_of, transform_for
@@ -64,6 +64,7 @@ class MapPass:
     scores: Tensor
     sums: list[Tensor]
     constants: dict[str, Tensor]
+    again = True  # whether a second pass with the same draws may be asked for
 
     def __init__(
         self,
@@ -89,15 +90,16 @@ class MapPass:
             check_visible(model, name)
         self._given: Transform | str | None = transform
         self.transforms: list[Transform | None] = []
-        self._noted = Frozen(freeze=self.rule.frozen)
+        self._noted = Frozen(freeze=self.rule.frozen, doubts=[])
 
     def run(self, forward: Callable[[], T], images: Any) -> T:
         """Run the model once on images, a tensor or a tuple of tensors that starts with one."""
         batch = batch_size(images)
         inputs = images if isinstance(images, tuple) else (images,)
-        in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-        cuda = torch.cuda.get_rng_state_all() if in_use else []
-        self._draws = torch.get_rng_state(), cuda
+        if self.again:
+            in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+            cuda = torch.cuda.get_rng_state_all() if in_use else []
+            self._draws = torch.get_rng_state(), cuda
         output = self._run(forward, batch)
         one = self._pass
         shape = next((tensor.shape for tensor in inputs if tensor.dim() == 4), None)
@@ -159,12 +161,13 @@ class MapPass:
         ``score`` computes them from the output of :meth:`run`; every image may contribute to its
         own score only.
         """
-        with self.frozen(), torch.inference_mode(False), torch.enable_grad():
-            scores = score()
-            gradients = self.gradients(scores, torch.ones_like(scores)[None], **grad_kwargs)
-        self.scores = scores.detach()
-        self.warn()
-        maps = self.finish(gradients, sum_channels=sum_channels)
+        with self.frozen():
+            with torch.inference_mode(False), torch.enable_grad():
+                scores = score()
+                gradients = self.gradients(scores, torch.ones_like(scores)[None], **grad_kwargs)
+            self.scores = scores.detach()
+            self.warn()
+            maps = self.finish(gradients, sum_channels=sum_channels)
         return [tuple(part[:, 0] for part in parts) for parts in maps]
 
     def gradients(self, end: Tensor, cotangents: Tensor, **grad_kwargs: Any) -> list[list[Tensor]]:
@@ -253,14 +256,9 @@ class MapPass:
                 "what the model returns is held constant by a frozen tail (a softmax, a norm?): "
                 'this map follows the true gradient, tail="true"; explain logits for exact shares'
             )
-        batch = len(self.activations[0][0])
-        zero = torch.cat(self._noted.zero)[:batch].tolist() if self._noted.zero else []
-        if any(zero):
-            rows = ", ".join(str(row) for row, none in enumerate(zero) if none)
-            warn_user(
-                f"embedding row {rows} is all zero (a black or masked image?): it has no "
-                "direction, so its score is 0 and its map is zero"
-            )
+        if self._noted.zero:
+            zero = torch.cat(self._noted.zero)[: len(self.activations[0][0])]
+            doubt(zero.any(), partial(_warn_of_zeros, zero))
         if self.rule is RULES["fam"] and self._noted.contrasted:
             warn_user(
                 'rule "fam" rescales every channel to [0, 1], which undoes the contrast: with '
@@ -299,26 +297,27 @@ class MapPass:
             arranged = torch.stack([self._arranged(index, step)[0] for step in steps])
             if self._constants is not None and len(arranged) == 1 and len(tensors) == 1:
                 self._count_dropped(index, tensors[0][0])
-            dropped = len(tensors) == 1 and arranged.numel() < tensors[0].numel()
-            if dropped and not arranged.any() and tensors[0].any():
+            if len(tensors) == 1 and arranged.numel() < tensors[0].numel():
                 # A picture of nothing: after the last block a class token is the embedding, and
                 # no patch of that layer has a share in it.
-                raise ValueError(
+                error = ValueError(
                     f"the score reaches layer {self._pass.names[index]!r} only through what the "
                     "transform drops (the class token): explain an earlier layer, such as the last "
                     "block's first norm (timm: blocks[-1].norm1, torchvision: "
                     "encoder.layers[-1].ln_1), or embed by the mean of the patches (timm: "
                     'global_pool="avg")'
                 )
+                doubt(tensors[0].any() & ~arranged.any(), error)
             tensors = [arranged]
         return [(g.flatten(3) if g.dim() > 3 else g[..., None]).transpose(0, 1) for g in tensors]
 
     def _count_dropped(self, index: int, gradient: Tensor) -> None:
         """Name the shares of tokens that stand for no place, which the transform drops."""
-        skip = getattr(self.transforms[index], "skip", 0)
+        transform = self.transforms[index]
+        skip, kinds = getattr(transform, "skip", 0), getattr(transform, "kinds", None)
         tokens = self._pass.tracked[index][0].detach()[:, :skip]
         shares = (tokens * gradient[:, :skip]).sum(dim=2)
-        kinds = prefix_of(self._model, self._pass.layers[index])
+        kinds = prefix_of(self._model, self._pass.layers[index]) if kinds is None else kinds
         if sum(kinds.values()) != skip:  # a layout of the user's, or a layer before some are added
             kinds = {"class token": min(skip, 1), "registers": max(skip - 1, 0)}
         for name, part in zip(kinds, torch.split(shares, [*kinds.values()], dim=1), strict=True):
@@ -356,6 +355,14 @@ def maps_of(
     return maps.to(activation.dtype).contiguous(), sums
 
 
+def _warn_of_zeros(zero: Tensor) -> None:
+    rows = ", ".join(str(int(row)) for row in zero.nonzero())
+    warn_user(
+        f"embedding row {rows} is all zero (a black or masked image?): it has no direction, so its "
+        "score is 0 and its map is zero"
+    )
+
+
 def _is_differentiated(output: Any) -> bool:
     ends = output.values() if isinstance(output, Mapping) else (output,)
     return any(isinstance(end, Tensor) and end.requires_grad for end in flat(ends))
@@ -381,9 +388,9 @@ def batch_size(inputs: Any) -> int:
 
 def check_finite(attribution: Tensor) -> Tensor:
     """Return a map of any shape as it is, or refuse NaN: pictures would show it as evidence."""
-    if not torch.isfinite(attribution).all():
-        raise ValueError(
-            "the map holds NaN or infinite values: check the input and the weights, and for "
-            "float16 the range (bfloat16 or float32 have more)"
-        )
+    error = ValueError(
+        "the map holds NaN or infinite values: check the input and the weights, and for float16 "
+        "the range (bfloat16 or float32 have more)"
+    )
+    doubt(~torch.isfinite(attribution).all(), error)
     return attribution

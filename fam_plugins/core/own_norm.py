@@ -23,12 +23,11 @@ _MOVES = re.compile(
 _LONGEST = 8
 
 
-def hold_own_norm(embeddings: Tensor, *, known: bool = False) -> Tensor | None:
+def hold_own_norm(embeddings: Tensor) -> Tensor | None:
     """Hold the last norm in the graph of embeddings ``[B, D]`` constant in its backward pass.
 
-    Returns the lengths ``[N, 1]`` that it divided by (of ``N`` embeddings, of which these may be
-    some); ``None`` where the encoder does not end in a norm, and the graph is as it was. What ends
-    in a quotient is ``known`` to end in a norm, or the values tell.
+    Returns the lengths ``[B, 1]`` that it divided by, ones where it divides by something else, or
+    ``None``: it does not end in a quotient, or these are some of what did. No value is read.
 
     Example:
         >>> x = torch.tensor([[3.0, 4.0]], requires_grad=True)
@@ -52,21 +51,24 @@ def hold_own_norm(embeddings: Tensor, *, known: bool = False) -> Tensor | None:
     # What divides by anything else than its length, such as a gate, is no norm.
     rows = embeddings.detach().to(torch.promote_types(embeddings.dtype, torch.float32))
     is_unit = (torch.linalg.vector_norm(rows, dim=1) - 1).abs() < 1e-2
-    if not known and not (is_unit | (rows == 0).all(dim=1)).all():
-        return None
+    is_norm = (is_unit | (rows == 0).all(dim=1)).all()
 
-    def hold(gradients: tuple[Tensor, ...], _: Any) -> tuple[Tensor | None, ...]:
-        return tuple(None if i == place else found for i, found in enumerate(gradients))
+    def hold(gradients: tuple[Any, ...], _: Any) -> tuple[Any, ...]:
+        of_length = gradients[place]
+        kept = None if of_length is None else of_length.masked_fill(is_norm, 0)
+        return tuple(kept if i == place else found for i, found in enumerate(gradients))
 
-    lengths: Tensor
     if length is None:  # held already, by a frozen tail
-        factor = node._saved_other.detach().to(rows).flatten(1)[:, :1]
-        lengths = factor if node.name() == "DivBackward0" else 1 / factor
+        factor = node._saved_other.detach().to(rows)
+        lengths = factor.reshape(*factor.shape[:1], -1)[..., :1]
+        lengths = lengths if node.name() == "DivBackward0" else 1 / lengths
     else:
         node.register_hook(hold)
         divided = (node._saved_self if place else node._saved_other).detach().to(rows)
-        lengths = torch.linalg.vector_norm(divided.flatten(1), dim=1, keepdim=True)
-    return lengths
+        divided = divided.reshape(*divided.shape[:1], -1)
+        lengths = torch.linalg.vector_norm(divided, dim=-1, keepdim=True)
+    # len() would fix a traced batch.
+    return lengths.where(is_norm, 1) if lengths.shape[0] == rows.shape[0] else None
 
 
 def _leads_to(start: Any, end: Any) -> bool:

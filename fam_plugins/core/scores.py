@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import compress
 from typing import Any
 
 import torch
@@ -33,7 +34,8 @@ class Frozen:
     can replay them, so that both passes evaluate the very same linear function: that is how the
     constant term of a score is measured. Without ``freeze`` scores are only noted: whether any was
     ``contrasted``, and, where length does not matter, which rows are ``zero``. ``traced``: there
-    are no values to check, only shapes.
+    are no values to check, only shapes. With ``doubts``, a list, checks of values wait for the end
+    of the block, see :func:`doubt`.
     """
 
     points: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)
@@ -41,6 +43,7 @@ class Frozen:
     contrasted: bool = False
     traced: bool = False
     zero: list[Tensor] = field(default_factory=list)
+    doubts: list[tuple[Tensor, Any]] | None = None
     _replay: Iterator[tuple[Tensor, Tensor | None]] | None = None
 
     def at(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,9 +96,30 @@ def frozen_scores(frozen: Frozen | None = None, *, replay: bool = False) -> Iter
     token = ACTIVE.set(frozen)
     try:
         yield frozen
+        _settle(frozen.doubts or [])
     finally:
         ACTIVE.reset(token)
         frozen._replay = None
+
+
+def doubt(flag: Tensor, consequence: Callable[[], None] | Exception) -> None:
+    """Call a consequence, or raise it, if a bool on the device is true.
+
+    At once, or at the end of an explainer's pass: one transfer, so that a GPU is waited for once.
+    """
+    noted = ACTIVE.get()
+    if noted is None or noted.doubts is None:
+        return _settle([(flag, consequence)])
+    return noted.doubts.append((flag, consequence))
+
+
+def _settle(doubts: list[tuple[Tensor, Any]]) -> None:
+    noted, doubts[:] = doubts[:], []
+    flags = [flag.to(noted[0][0].device) for flag, _ in noted]
+    for _, consequence in compress(noted, torch.stack(flags).tolist() if flags else []):
+        if isinstance(consequence, Exception):
+            raise consequence
+        consequence()
 
 
 def score(
@@ -155,11 +179,10 @@ def score(
         elif contrast is not None:
             scores = subtract_others(scores)
     narrow = scores.to(given)
-    if given == torch.float16 and not torch.isfinite(narrow).all():
-        raise ValueError(
-            f"scores up to {float(scores.abs().max()):.3g} do not fit into float16: score in "
-            "bfloat16 or float32, or use cosine"
-        )
+    if given == torch.float16:
+        fix = "score in bfloat16 or float32, or use cosine"
+        error = ValueError(f"scores do not fit into float16: {fix}")
+        doubt(~torch.isfinite(narrow).all(), error)
     return narrow
 
 
@@ -195,6 +218,7 @@ def embed(
         images, *further = pixels_of(images)  # type: ignore[assignment]
     if isinstance(images, Tensor) and images.dim() > 0 and images.shape[0] == 0:
         raise ValueError("the batch is empty: pass at least one image")
+    count = images.shape[0]  # len() would fix a traced batch; behind a layer looks are seen
     try:
         given = image_call(encoder)(images, *further, **(forward_kwargs or {}))
     except ValueError as error:  # of a batch norm, or of B, C, H, W = images.shape
@@ -206,15 +230,16 @@ def embed(
     embeddings = pick_embeddings(given, output)
     if not isinstance(embeddings, Tensor):
         raise TypeError(f"output= picks a {type(embeddings).__name__}, not a tensor [B, D]")
-    if embeddings.dim() != 2:
+    shape = embeddings.shape
+    if len(shape) != 2:
         raise ValueError(
-            f"the encoder returns shape {tuple(embeddings.shape)}, not embeddings [B, D]: append "
+            f"the encoder returns shape {tuple(shape)}, not embeddings [B, D]: append "
             "pooling, nn.Sequential(encoder, nn.AdaptiveAvgPool2d(1), nn.Flatten()), or pick a "
             "token, SimilarityModel(..., output=lambda out: out.last_hidden_state[:, 0])"
         )
-    if embeddings.shape[0] != images.shape[0]:  # len() would fix a traced batch
+    if shape[0] != count:
         raise ValueError(
-            f"the encoder returns {len(embeddings)} embeddings for {len(images)} inputs: "
+            f"the encoder returns {shape[0]} embeddings for {count} inputs: "
             "a single image needs a batch dimension (image[None])"
         )
     return embeddings
@@ -244,11 +269,14 @@ def check_embeddings(
             f"the {what} has {embeddings.shape[1]} values and the references have {width}: "
             "embed the references with the same encoder"
         )
-    finite = torch.isfinite(embeddings.detach()).all(dim=1)
-    if not finite.all():
-        rows = (~finite).nonzero().flatten().tolist()
+    finite = torch.isfinite(embeddings.detach())
+
+    def refuse() -> None:
+        rows = (~finite).any(dim=1).nonzero().flatten().tolist()
         shown = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
         raise ValueError(
             f"{what} row {shown} holds NaN or infinite values: check the images, the weights, "
             "and for float16 the range"
         )
+
+    doubt(~finite.all(), refuse)

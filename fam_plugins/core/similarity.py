@@ -35,6 +35,7 @@ class Similarity:
             averaged.
         by_reference: Whether each reference is scored apart from the others, so that a few of
             them can be scored alone.
+        whole: Whether the linear form is the score itself, and not its change alone.
         averages: Whether the mean score against many references is the score against their mean
             (of unit vectors where ``scale_free``), up to a weight and a shift.
 
@@ -50,6 +51,7 @@ class Similarity:
     scale_free: bool = False
     by_reference: bool = True
     averages: bool = False
+    whole: bool = False
 
     def __post_init__(self) -> None:
         if not callable(self.compare) or not (self.linear is None or callable(self.linear)):
@@ -73,6 +75,8 @@ class Similarity:
         """The score ``[B, N]`` with the gradient of its linear form, exact at ``point``."""
         if self.linear is None:
             return self.scores(embeddings, references)
+        if self.whole:
+            return self._checked(self.linear(embeddings, references, point), embeddings, references)
         with torch.no_grad():
             value = self.scores(point, references)
         change = self.linear(embeddings - point, references, point)
@@ -139,8 +143,8 @@ def _euclidean_linear(embeddings: Tensor, references: Tensor, frozen_at: Tensor)
 SIMILARITIES: dict[str, Similarity] = {
     similarity.name: similarity
     for similarity in (
-        Similarity("cosine", _cosine, _cosine_linear, scale_free=True, averages=True),
-        Similarity("dot", _dot, _dot_linear, averages=True),
+        Similarity("cosine", _cosine, _cosine_linear, scale_free=True, averages=True, whole=True),
+        Similarity("dot", _dot, _dot_linear, averages=True, whole=True),
         Similarity("sqeuclidean", _sqeuclidean, _sqeuclidean_linear, averages=True),
         Similarity("euclidean", _euclidean, _euclidean_linear),
     )

@@ -323,7 +323,7 @@ class SimilarityModel(nn.Module):
     def _rows(self, rows: Tensor, like: Tensor) -> Tensor:
         if isinstance(self.references, Gallery):
             return self.references.rows(rows, like=like)
-        return self.references[rows]
+        return self.references[rows.to(self.references.device, non_blocking=True)]
 
     def _score(self, embeddings: Tensor, references: Tensor) -> Tensor:
         against = self._against

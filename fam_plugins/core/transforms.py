@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any
 
@@ -61,6 +61,7 @@ class tokens_to_map:  # noqa: N801
     h: int
     w: int
     skip: int = 1
+    kinds: Any = field(default=None, compare=False, repr=False, kw_only=True)  # of prefix_of
 
     def __post_init__(self) -> None:
         whole = all(isinstance(size, Integral) for size in (self.h, self.w, self.skip))
@@ -219,15 +220,15 @@ def _for_tokens(
             f"layer {name!r} gives tokens first, {tuple(given)}: {_suggest_grid(given[0], 1)} "
             "behind a transpose, lambda x: tokens_to_map(...)(x.transpose(0, 1))"
         )
-    front = sum(prefix_of(model, layer).values())
+    kinds = prefix_of(model, layer)
     # Those that take images of another size only when told to.
     strict = any("interpolate_pos_encoding" in _arguments(part) for part in around)
     # Models of transformers take images of any size, those of torchvision and open_clip of one.
     sizes = [size] if any(hasattr(part, "config") for part in around) else []
     for owner in around:
         fits = [
-            tokens_to_map(h, w, skip=skip)
-            for (h, w), prefix in _grids(owner, size, sizes, front)
+            tokens_to_map(h, w, skip=skip, kinds=kinds)
+            for (h, w), prefix in _grids(owner, size, sizes, sum(kinds.values()))
             for skip in dict.fromkeys((prefix, 0))
             if tokens == skip + h * w
         ]
@@ -279,8 +280,11 @@ def _around(model: object, layer: nn.Module) -> list[nn.Module]:
     root = model if isinstance(model, nn.Module) else getattr(model, "__self__", None)
     if not isinstance(root, nn.Module):
         return []
-    # modules() comes from the outside in.
-    return [m for m in root.modules() if any(part is layer for part in m.modules())][::-1]
+    # A shared layer has several names; named_modules() comes from the outside in.
+    named = dict(root.named_modules(remove_duplicate=False))
+    inside = tuple(f"{name}." for name, module in named.items() if module is layer)
+    outer = [m for n, m in named.items() if any(path.startswith(n and f"{n}.") for path in inside)]
+    return list(dict.fromkeys(outer))[::-1]
 
 
 def _grids(

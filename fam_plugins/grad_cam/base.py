@@ -117,8 +117,7 @@ class OnePassCAM(BaseCAM):
         eigen_smooth: bool = False,
     ) -> np.ndarray:
         """Explain a batch without augmentation; see :meth:`__call__`."""
-        if self.device is not None:
-            input_tensor = input_tensor.to(self.device)
+        input_tensor = input_tensor.to(self.device)
         outputs = self.activations_and_grads(input_tensor)
         try:
             chosen = _highest(outputs) if targets is None else targets

@@ -107,8 +107,12 @@ class FAM(OnePassCAM):
 
     def run_pass(self, input_tensor: Tensor) -> tuple[MapPass, Any]:
         """Run the model once; return the pass and the model's output."""
-        one = self._start(input_tensor)
-        return one, one.run(lambda: self.model(input_tensor), input_tensor)
+        one, scores = self._start(input_tensor), ModelScores(self.model)
+        one.again = False
+        end = one.run(lambda: scores.forward(input_tensor), input_tensor)
+        # Scored behind the pass, where nothing looks at every operation.
+        with one.frozen(), torch.inference_mode(False), torch.enable_grad():
+            return one, end if scores.model is None else scores.model.score(end)
 
     def _start(self, images: Tensor) -> MapPass:
         run = ModelScores(self.model).forward
@@ -128,10 +132,11 @@ class FAM(OnePassCAM):
         self, one: MapPass, outputs: Any, targets: Sequence[Target], eigen_smooth: bool
     ) -> Iterator[tuple[Tensor, np.ndarray]]:
         """Explain a pass: for each target layer its map ``[B, 1, h, w]``, and as float32 array."""
-        found = one.maps(lambda: _scores(outputs, targets), sum_channels=not eigen_smooth)
-        if one.rule.adds_up or len(found) == 1:
-            shares = [(carried[:, 0], one.scores) for carried in one.sums]
-            warn_of_coverage(one.rule, one.constants, *shares)
+        with one.frozen():
+            found = one.maps(lambda: _scores(outputs, targets), sum_channels=not eigen_smooth)
+            if one.rule.adds_up or len(found) == 1:
+                shares = [(carried[:, 0], one.scores) for carried in one.sums]
+                warn_of_coverage(one.rule, one.constants, *shares)
         for (maps,) in found:
             if eigen_smooth:
                 summed = check_finite(maps.sum(dim=1, keepdim=True))
@@ -173,11 +178,10 @@ class FAM(OnePassCAM):
         check_images(input_tensor)
         scores = ModelScores(self.model)
         chosen = as_indices(indices, scores, len(input_tensor), references_per_chunk)
-        if self.device is not None:
-            input_tensor = input_tensor.to(self.device)
-        with eval_mode(self.model):
+        input_tensor = input_tensor.to(self.device)
+        with eval_mode(self.model), (one := self._start(input_tensor)).frozen():
             found = map_references(
-                self._start(input_tensor),
+                one,
                 scores,
                 lambda: scores.forward(input_tensor),
                 input_tensor,

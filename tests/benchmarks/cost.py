@@ -63,18 +63,23 @@ def _start(event: object) -> int:
     return event.start_ns() if hasattr(event, "start_ns") else event.start_us()
 
 
-def milliseconds(call: Callable[[], object], device: str) -> float:
+def milliseconds(
+    call: Callable[[], object], device: str, clock: Callable[[], float] = time.perf_counter
+) -> float:
     if device.startswith("cuda"):
         torch.cuda.synchronize()
-    start = time.perf_counter()
+    start = clock()
     call()
     if device.startswith("cuda"):
         torch.cuda.synchronize()
-    return 1000 * (time.perf_counter() - start)
+    return 1000 * (clock() - start)
 
 
 def interleaved(
-    calls: dict[str, Callable[[], object]], rounds: int, device: str
+    calls: dict[str, Callable[[], object]],
+    rounds: int,
+    device: str,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Milliseconds of every call in every round."""
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -82,7 +87,7 @@ def interleaved(
         call()
     for _ in range(rounds):
         for name, call in calls.items():
-            times[name].append(milliseconds(call, device))
+            times[name].append(milliseconds(call, device, clock))
     return times
 
 

@@ -50,7 +50,7 @@ class AttentionPooling(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.trunk = nn.Conv2d(3, 8, 4, 4)
+        self.trunk, self.patch_size = nn.Conv2d(3, 8, 4, 4), 4
         self.norm = nn.LayerNorm(8)
         self.query = nn.Parameter(torch.randn(1, 1, 8))
         self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
@@ -274,4 +274,4 @@ class TestRefused:
 
     def test_outputs_that_are_no_scores(self):
         with pytest.raises(ValueError, match=r"not scores \[B, N\]"):
-            MapModel(nn.Conv2d(3, 4, 3), "", rule="additive", example=images(1).float())
+            MapModel(nn.Sequential(nn.Conv2d(3, 4, 3)), "0", rule="additive", example=images(1).float())
