@@ -60,6 +60,7 @@ class MapPass:
     """
 
     scores: Tensor
+    indices: Tensor
     constants: dict[str, Tensor]
 
     def __init__(
