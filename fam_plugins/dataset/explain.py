@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
+from contextlib import closing
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from fam_plugins.core.eval_mode import eval_mode, place_of
 from fam_plugins.core.messages import with_progress
+from fam_plugins.core.scores import check_floats
 from fam_plugins.dataset.rows import Explain
-from fam_plugins.dataset.store import Store, StoredMaps, read_maps
+from fam_plugins.dataset.store import Store
 
 __all__ = ["explain_dataset", "stacked"]
 
@@ -32,7 +34,7 @@ def explain_dataset(
     on_error: str = "raise",
     progress: bool = True,
     rows_per_part: int = 2**14,
-) -> StoredMaps:
+) -> None:
     """Write the maps of a data set to Parquet, one forward pass per image; run again to resume.
 
     A kill or an error leaves whole parts, whose images are not explained again. Under torchrun each
@@ -42,7 +44,7 @@ def explain_dataset(
         explainer: A :class:`~fam_plugins.LayerFam` with a layer.
         items: A Dataset or iterable of ``(id, image)``, a string or int and a tensor, or a
             DataLoader of ``(ids, images)``. A Dataset's ``ids``, one per row, save loading again.
-        out: A folder, made if need be.
+        out: A folder, made if need be, for :func:`read_maps`.
         top_k: Explain the references that score best; by default all.
         targets: Or one reference per image: a dict from ids to indices or labels.
         batch_size: Images per pass, halved where memory runs out.
@@ -61,99 +63,76 @@ def explain_dataset(
 
     Example:
         >>> explainer = LayerFam(model, "layer4", rule="additive")  # doctest: +SKIP
-        >>> stored = explain_dataset(explainer, [("a.png", image)], "maps")  # doctest: +SKIP
+        >>> explain_dataset(explainer, [("a.png", image)], "maps")  # doctest: +SKIP
     """
     if on_error not in ("raise", "record") or min(batch_size, rows_per_part) < 1:
         raise ValueError('on_error must be "raise" or "record", sizes must be at least 1')
-    explain, seen = Explain(explainer, top_k, targets), set[str]()
-    store = Store(out, explain.settings, rows_per_part)
-    batches = _batches(explain, items, batch_size, num_workers, on_error == "record", store.done)
-    mode = eval_mode(explain.model) if isinstance(explain.model, nn.Module) else nullcontext()
-    with mode, store:
+    explain, seen, record = Explain(explainer, top_k, targets), set[str](), on_error == "record"
+    with eval_mode(explain.module), closing(Store(out, explain.settings, rows_per_part)) as store:
+        pin = "cuda" in str(place_of(explain.module)[0])
+        batches = _batches(items, batch_size, num_workers, record, store.done, pin)
         for ids, images, failed in with_progress(batches, "explaining") if progress else batches:
-            for name in (*ids, *(name for name, _ in failed)):
+            for name in (*ids, *dict(failed)):
                 if name in seen:
                     raise ValueError(f"id {name!r} comes twice: give every image one of its own")
                 seen.add(name)
             new = [row for row, name in enumerate(ids) if name not in store.done]
-            failed = [one for one in failed if one[0] not in store.done]
-            if len(new) < len(ids):
-                ids, images = [ids[row] for row in new], images[new] if new else None
-            if new or failed:
-                store.add(explain(ids, images, failed))
-    if not seen and not store.done:
+            rest = [one for one in failed if one[0] not in store.done]
+            if new or rest:
+                some = images if len(new) == len(ids) else images[new]
+                store.add(explain([ids[row] for row in new], some, rest))
+        store.flush()
+    if not seen | store.done:
         raise ValueError("there are no items: an empty folder, or an iterator that was used up?")
-    return read_maps(out)
-
-
-def _batches(
-    explain: Explain, items: Any, size: int, num_workers: int, record: bool, done: set[str]
-) -> Iterable[Any]:
-    if isinstance(items, DataLoader):
-        return (stacked(zip(*batch, strict=True), record) for batch in items)
-    listed = hasattr(items, "__getitem__") and hasattr(items, "__len__")
-    if listed and not isinstance(items, IterableDataset):
-        module = isinstance(explain.model, nn.Module)
-        pin = module and "cuda" in str(place_of(explain.model)[0])
-        loaded: Any = _Batches(items, size, record, done)
-        return DataLoader(loaded, batch_size=None, num_workers=num_workers, pin_memory=pin)
-    each = iter(
-        DataLoader(items, batch_size=None, num_workers=num_workers) if num_workers else items
-    )
-    return (stacked(some, record) for some in iter(lambda: list(islice(each, size)), []))
-
-
-class _Batches:
-    """Loads a batch of rows at a time, those known to be done left out."""
-
-    def __init__(self, items: Any, size: int, record: bool, done: set[str]) -> None:
-        self._items, self._ids, self._record = items, getattr(items, "ids", None), record
-        rows = [
-            i
-            for i in range(len(items))
-            if not done or not self._ids or str(self._ids[i]) not in done
-        ]
-        self._rows = [rows[i : i + size] for i in range(0, len(rows), size)]
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, number: int) -> Any:
-        return stacked(map(self._load, self._rows[number]), self._record)
-
-    def _load(self, row: int) -> Any:
-        try:
-            return self._items[row]
-        except Exception as error:
-            if not self._record:
-                raise
-            return self._ids[
-                row
-            ] if self._ids else f"item {row}", f"{type(error).__name__}: {error}"
 
 
 def stacked(items: Iterable[Any], record: bool = False) -> Any:
     """Pairs of id and image -> ids, images ``[n, ...]`` or ``None``, and ``(id, reason)`` pairs."""
-    ids, images, failed = list[str](), list[Tensor](), list[tuple[str, str]]()
+    ids, images, failed = list[str](), list[Tensor](), list[tuple[str, Any]]()
     for item in items:
-        pair = isinstance(item, (tuple, list)) and len(item) == 2
-        name, image = item if pair else cast(Any, (None, None))
-        name = name.item() if hasattr(name, "item") else name
+        pair: Any = item if isinstance(item, (tuple, list)) and len(item) == 2 else (None, None)
+        name, image = pair[0].tolist() if hasattr(pair[0], "tolist") else pair[0], pair[1]
         if not isinstance(name, (str, int)):
             raise TypeError("items must be pairs (id, image), the id a string or an int")
         if isinstance(image, Tensor) and not image.isfinite().all():
             image = "it holds NaN or infinite values"
         if isinstance(image, str) and record:
             failed.append((str(name), image))
-        elif isinstance(image, str):
+            continue
+        if isinstance(image, str):
             raise ValueError(f'image {name!r}: {image}; on_error="record" goes on without it')
-        elif isinstance(image, Tensor) and image.shape == (images or [image])[0].shape:
-            ids.append(str(name))
-            images.append(image)
-        else:
-            raise ValueError(
-                f"image {name!r} is {tuple(getattr(image, 'shape', ())) or type(image).__name__}, "
-                "not a tensor of the shape of those before it: resize and convert by a transform, "
-                "or pass batch_size=1 for several sizes"
-            )
+        check_floats(image, f"image {name!r}")
+        if image.shape != (images or [image])[0].shape:
+            fix = "resize by a transform, or pass batch_size=1 for several sizes"
+            raise ValueError(f"image {name!r} is {tuple(image.shape)}, unlike those before: {fix}")
+        ids.append(str(name))
+        images.append(image)
     return ids, torch.stack(images) if images else None, failed
+
+
+def _batches(items: Any, size: int, workers: int, record: bool, done: set[str], pin: bool) -> Any:
+    if isinstance(items, DataLoader):
+        return (stacked(zip(*batch, strict=True), record) for batch in items)
+    if hasattr(items, "__len__") and not isinstance(items, IterableDataset):
+        known = [str(name) in done for name in getattr(items, "ids", ())]
+        rows = [row for row in range(len(items)) if not known or not known[row]]
+        parts: Any = [rows[at : at + size] for at in range(0, len(rows), size)]
+        load = partial(_load, items, record)
+        return DataLoader(
+            parts, batch_size=None, num_workers=workers, collate_fn=load, pin_memory=pin
+        )
+    each = iter(DataLoader(items, batch_size=None, num_workers=workers) if workers else items)
+    return (stacked(some, record) for some in iter(lambda: list(islice(each, size)), []))
+
+
+def _load(items: Any, record: bool, rows: list[int]) -> Any:
+    def one(row: int) -> Any:
+        try:
+            return items[row]
+        except Exception as error:
+            if not record:
+                raise
+            name = items.ids[row] if hasattr(items, "ids") else f"item {row}"
+            return name, f"{type(error).__name__}: {error}"
+
+    return stacked(map(one, rows), record)

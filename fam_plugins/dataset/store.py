@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -15,7 +14,7 @@ import numpy as np
 
 from fam_plugins.dataset.rows import load_extra
 
-__all__ = ["Store", "StoredMaps", "read_maps", "to_fiftyone"]
+__all__ = ["Store", "parts_in", "read_maps", "to_fiftyone"]
 
 
 class Store:
@@ -25,23 +24,29 @@ class Store:
     """
 
     def __init__(self, out: str | Path, settings: str, rows_per_part: int) -> None:
-        self.done = ids_in(out, settings)
-        self._out, self._pq = Path(out), load_extra("pyarrow.parquet", "dataset")
+        self.done, self._out, self._pq = set[str](), Path(out), load_extra("pyarrow.parquet")
+        for part in parts_in(out, settings):
+            ids = set(self._pq.read_table(part, columns=["id"]).column("id").to_pylist())
+            if twice := self.done & ids:
+                fix = "start anew, each process with images of its own (no DistributedSampler)"
+                raise ValueError(f"{part} repeats image {twice.pop()!r} of another part: {fix}")
+            self.done |= ids
         self._out.mkdir(parents=True, exist_ok=True)
         TemporaryFile(dir=out).close()  # refuses a read-only folder before any work
         self._prefix = f"part-{int(os.environ.get('RANK', 0)):05d}-"
         numbers = [int(part.stem[11:]) for part in self._out.glob(f"{self._prefix}*")]
-        self._next, self._rows_per_part = max(numbers, default=-1) + 1, rows_per_part
-        self._tables: list[Any] = []
-        self._thread, self._ahead = ThreadPoolExecutor(1), list[Future[None]]()
+        self._next, self._per_part = max(numbers, default=-1) + 1, rows_per_part
+        self._tables, self._ahead = list[Any](), list[Future[None]]()
+        self._thread = ThreadPoolExecutor(1)
 
     def add(self, table: Any) -> None:
         """Take rows of whole images; waits while the disk is more than a part behind."""
         self._tables.append(table)
-        if sum(len(table) for table in self._tables) >= self._rows_per_part:
-            self._flush(ahead=1)
+        if sum(map(len, self._tables)) >= self._per_part:
+            self.flush(ahead=1)
 
-    def _flush(self, ahead: int) -> None:
+    def flush(self, ahead: int = 0) -> None:
+        """Write what there is; waits until no more than so many parts are ``ahead``."""
         if self._tables:
             path = self._out / f"{self._prefix}{self._next:06d}.parquet"
             self._ahead.append(self._thread.submit(self._write, path, self._tables))
@@ -49,13 +54,17 @@ class Store:
         while len(self._ahead) > ahead:
             self._ahead.pop(0).result()
 
+    def close(self) -> None:
+        """End the thread; a part that it is writing becomes whole."""
+        self._thread.shutdown(cancel_futures=True)
+
     def _write(self, path: Path, tables: list[Any]) -> None:
         hidden = path.with_name(f".{path.name}")
         try:
             if path.exists():
                 raise FileExistsError("another run writes here under the same RANK")
             with open(hidden, "wb") as file:
-                self._pq.write_table(load_extra("pyarrow", "dataset").concat_tables(tables), file)
+                self._pq.write_table(load_extra("pyarrow").concat_tables(tables), file)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(hidden, path)
@@ -64,100 +73,74 @@ class Store:
             fix = "make room or choose another folder, and run again: whole parts are kept"
             raise OSError(f"{path} cannot be written ({error}): {fix}") from error
 
-    def __enter__(self) -> Store:
-        return self
 
-    def __exit__(self, kind: object, *_: object) -> None:
-        try:
-            if kind is None:
-                self._flush(ahead=0)
-        finally:
-            self._thread.shutdown(cancel_futures=True)
+def parts_in(out: str | Path, settings: str | None = None) -> list[Path]:
+    """The parts by name, refused unless all are of these settings, or else of the first's."""
+    parts = sorted(Path(out).glob("[!.]*.parquet"))
+    for path in parts:
+        written = load_extra("pyarrow.parquet").read_schema(path).metadata or {}
+        there = written.get(b"fam_plugins", b'{"rows": "not of this package"}').decode()
+        settings = settings or there
+        old, new = json.loads(there), json.loads(settings)
+        apart = [
+            f"{k} {old.get(k)!r}, now {new.get(k)!r}"
+            for k in {**old, **new}
+            if old.get(k) != new.get(k)
+        ]
+        if apart or "rows" in old:
+            raise ValueError(
+                f"{path} has other settings: {'; '.join(apart)}; choose another folder"
+            )
+    return parts
 
 
-@dataclass(frozen=True)
-class StoredMaps:
-    """What a folder holds: ``dataset``, a :class:`pyarrow.dataset.Dataset`, and ``settings``.
+def read_maps(out: str | Path, filter: Any = None) -> tuple[Any, Iterator[dict[str, Any]]]:
+    """Open what ``explain_dataset`` or ``explain_with_ray`` wrote.
 
     Columns, a row per image and reference: ``id``, ``reference`` and its ``label``, ``score``,
-    ``coverage`` (the share of the score that the map sums to; null for a rule that does not add
-    up), ``map`` (float16) and its ``shape``, ``error`` (why an image has no map; all else is null).
-    """
+    ``coverage`` (the sum of the map in parts of the score; null for a rule that does not add up),
+    ``map`` and its ``shape``, ``error`` (why an image has no map: all else is null).
 
-    dataset: Any
-    settings: dict[str, Any]
+    Args:
+        out: The folder.
+        filter: Rows to take, an expression of pyarrow; all by default.
 
-    def rows(self, filter: Any = None) -> Iterator[dict[str, Any]]:
-        """Each row as a dict, its map as an array ``[h, w]``; ``filter`` as in pyarrow."""
-        for batch in self.dataset.to_batches(filter=filter):
-            values, at = batch.column("map").flatten().to_numpy(), 0
-            for row in batch.drop_columns(["map"]).to_pylist():
-                end = at + int(np.prod(shape)) if (shape := row.pop("shape")) is not None else at
-                row["map"], at = None if shape is None else values[at:end].reshape(shape), end
-                yield row
-
-
-def read_maps(out: str | Path) -> StoredMaps:
-    """Open what ``explain_dataset`` or ``explain_with_ray`` wrote, without loading the maps.
+    Returns:
+        A :class:`pyarrow.dataset.Dataset`, whose schema's metadata tells the settings, and an
+        iterator over its rows, dicts whose ``map`` is a float16 array ``[h, w]``.
 
     Raises:
         FileNotFoundError: If there are no parts.
         ValueError: If a part is not theirs, or of other settings than the first.
 
     Example:
-        >>> stored = read_maps("maps")  # doctest: +SKIP
-        >>> [row["map"].shape for row in stored.rows()]  # doctest: +SKIP
+        >>> dataset, rows = read_maps("maps")  # doctest: +SKIP
+        >>> [row["map"].shape for row in rows]  # doctest: +SKIP
         [(4, 4), (4, 4)]
     """
-    parts, settings = parts_in(out)
-    if not parts:
+    if not (parts := parts_in(out)):
         raise FileNotFoundError(f"{out} holds no maps: explain_dataset(explainer, items, out)")
-    dataset = load_extra("pyarrow.dataset", "dataset").dataset([*map(str, parts)])
-    return StoredMaps(dataset, json.loads(settings))
+    dataset = load_extra("pyarrow.dataset").dataset([*map(str, parts)])
+    return dataset, (row for part in dataset.to_batches(filter=filter) for row in _rows(part))
 
 
-def parts_in(out: str | Path, settings: str = "") -> tuple[list[Path], str]:
-    """The parts by name, which a dot begins until one is whole, and the settings of all of them."""
-    parts = sorted(Path(out).glob("[!.]*.parquet"))
-    for path in parts:
-        found = load_extra("pyarrow.parquet", "dataset").read_schema(path).metadata or {}
-        there = found.get(b"fam_plugins", b"{}").decode()
-        old, new = json.loads(there), json.loads(settings or there)
-        if apart := [k for k in {**old, **new} if old.get(k) != new.get(k) or not old]:
-            both = "; ".join(f"{k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in apart)
-            raise ValueError(f"{path} has other settings ({both}): choose another folder for out")
-        settings = settings or there
-    return parts, settings
+def _rows(batch: Any) -> Iterator[dict[str, Any]]:
+    values = batch.column("map").flatten().to_numpy()
+    for row in batch.drop_columns(["map"]).to_pylist():
+        if row["shape"] is not None:
+            one, values = np.split(values, [int(np.prod(row["shape"]))])
+            row["map"] = one.reshape(row["shape"])
+        yield {"map": None} | row
 
 
-def ids_in(out: str | Path, settings: str) -> set[str]:
-    """The ids in a folder, refused if an image is in two parts."""
-    done: set[str] = set()
-    for path in parts_in(out, settings)[0]:
-        part = load_extra("pyarrow.parquet", "dataset").read_table(path, columns=["id"])
-        if both := done & (ids := set(part.column("id").to_pylist())):
-            raise ValueError(
-                f"{path} repeats image {both.pop()!r}: start anew, and give each process images of "
-                "its own (DistributedSampler repeats some)"
-            )
-        done |= ids
-    return done
+def to_fiftyone(samples: Any, out: str | Path, field: str = "fam", key: str = "filepath") -> None:
+    """Give FiftyOne's ``samples`` the map of each one's best-scored reference, as a ``Heatmap``.
 
-
-def to_fiftyone(
-    samples: Any, out: str | Path, field: str = "fam", *, key: str = "filepath"
-) -> None:
-    """Give each sample of FiftyOne the map of its best-scored reference, as a ``Heatmap``.
-
-    Args:
-        samples: A ``fiftyone.Dataset`` or view.
-        out: A folder for :func:`read_maps`.
-        field: The field to write.
-        key: The field that holds the image's id.
+    The sample's ``field`` is written, its ``key`` is the image's id in the folder ``out``.
     """
     heatmap, best = load_extra("fiftyone", "fiftyone").Heatmap, dict[str, Any]()
-    for row in read_maps(out).rows():
-        if row["score"] is not None and row["score"] >= best.get(row["id"], row)["score"]:
+    for row in read_maps(out)[1]:
+        if row["map"] is not None and row["score"] >= best.get(row["id"], row)["score"]:
             best[row["id"]] = row
     for sample in samples.iter_samples(autosave=True):
         if str(sample[key]) in best:
