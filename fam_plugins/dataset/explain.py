@@ -113,7 +113,8 @@ def stacked(items: Iterable[Any], record: bool = False) -> Any:
 def _batches(items: Any, size: int, workers: int, record: bool, done: set[str], pin: bool) -> Any:
     if isinstance(items, DataLoader):
         return (stacked(zip(*batch, strict=True), record) for batch in items)
-    if hasattr(items, "__len__") and not isinstance(items, IterableDataset):
+    listed = hasattr(items, "__len__") and hasattr(items, "__getitem__")
+    if listed and not isinstance(items, (IterableDataset, Mapping)):
         known = [str(name) in done for name in getattr(items, "ids", ())]
         rows = [row for row in range(len(items)) if not known or not known[row]]
         parts: Any = [rows[at : at + size] for at in range(0, len(rows), size)]

@@ -97,8 +97,6 @@ class Explain:
         return pa.table(columns, schema=self.schema)
 
     def _depends_on(self) -> dict[str, Any]:
-        from fam_plugins import __version__
-
         explainer, state, told = self._explainer, self.module.state_dict(), dict[str, Any]()
         if isinstance(rows := getattr(self._model, "references", None), Gallery):
             state["references"] = torch.tensor(
@@ -118,7 +116,8 @@ class Explain:
         told["rule"], told["tail"] = explainer.rule.name, explainer.tail or explainer.rule.tail
         transform = explainer.reshape_transform
         told["transform"] = getattr(transform, "__qualname__", repr(transform))
-        return told | {"versions": f"fam-plugins {__version__}, torch {torch.__version__}"}
+        package = import_module("fam_plugins").__version__
+        return told | {"versions": f"fam-plugins {package}, torch {torch.__version__}"}
 
 
 def load_extra(module: str, extra: str = "dataset") -> Any:

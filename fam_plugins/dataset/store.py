@@ -79,18 +79,13 @@ def parts_in(out: str | Path, settings: str | None = None) -> list[Path]:
     parts = sorted(Path(out).glob("[!.]*.parquet"))
     for path in parts:
         written = load_extra("pyarrow.parquet").read_schema(path).metadata or {}
-        there = written.get(b"fam_plugins", b'{"rows": "not of this package"}').decode()
-        settings = settings or there
-        old, new = json.loads(there), json.loads(settings)
-        apart = [
-            f"{k} {old.get(k)!r}, now {new.get(k)!r}"
-            for k in {**old, **new}
-            if old.get(k) != new.get(k)
-        ]
-        if apart or "rows" in old:
-            raise ValueError(
-                f"{path} has other settings: {'; '.join(apart)}; choose another folder"
-            )
+        old = json.loads(written.get(b"fam_plugins", b'{"rows": "not of this package"}'))
+        new = json.loads(settings) if settings else old | {"rows": None}
+        differ = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+        if differ:
+            both = "; ".join(f"{key} {old.get(key)!r}, now {new.get(key)!r}" for key in differ)
+            raise ValueError(f"{path} has other settings: {both}; choose another folder")
+        settings = json.dumps(new)
     return parts
 
 
