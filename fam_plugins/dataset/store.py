@@ -14,7 +14,7 @@ import numpy as np
 
 from fam_plugins.dataset.rows import load_extra
 
-__all__ = ["Store", "parts_in", "read_maps", "to_fiftyone"]
+__all__ = ["Store", "ids_in", "read_maps", "to_fiftyone"]
 
 
 class Store:
@@ -24,13 +24,7 @@ class Store:
     """
 
     def __init__(self, out: str | Path, settings: str, rows_per_part: int) -> None:
-        self.done, self._out, self._pq = set[str](), Path(out), load_extra("pyarrow.parquet")
-        for part in parts_in(out, settings):
-            ids = set(self._pq.read_table(part, columns=["id"]).column("id").to_pylist())
-            if twice := self.done & ids:
-                fix = "start anew, each process with images of its own (no DistributedSampler)"
-                raise ValueError(f"{part} repeats image {twice.pop()!r} of another part: {fix}")
-            self.done |= ids
+        self.done, self._out = ids_in(out, settings), Path(out)
         self._out.mkdir(parents=True, exist_ok=True)
         TemporaryFile(dir=out).close()  # refuses a read-only folder before any work
         self._prefix = f"part-{int(os.environ.get('RANK', 0)):05d}-"
@@ -64,7 +58,8 @@ class Store:
             if path.exists():
                 raise FileExistsError("another run writes here under the same RANK")
             with open(hidden, "wb") as file:
-                self._pq.write_table(load_extra("pyarrow").concat_tables(tables), file)
+                table = load_extra("pyarrow").concat_tables(tables)
+                load_extra("pyarrow.parquet").write_table(table, file)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(hidden, path)
@@ -87,6 +82,18 @@ def parts_in(out: str | Path, settings: str | None = None) -> list[Path]:
             raise ValueError(f"{path} has other settings: {both}; choose another folder")
         settings = json.dumps(new)
     return parts
+
+
+def ids_in(out: str | Path, settings: str) -> set[str]:
+    """The ids in a folder, refused if an image is in two parts."""
+    done = set[str]()
+    for part in parts_in(out, settings):
+        table = load_extra("pyarrow.parquet").read_table(part, columns=["id"])
+        if twice := done & (ids := set(table.column("id").to_pylist())):
+            fix = "start anew, each process with images of its own (no DistributedSampler)"
+            raise ValueError(f"{part} repeats image {twice.pop()!r} of another part: {fix}")
+        done |= ids
+    return done
 
 
 def read_maps(out: str | Path, filter: Any = None) -> tuple[Any, Iterator[dict[str, Any]]]:

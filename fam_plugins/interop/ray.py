@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 
 from fam_plugins.dataset.explain import stacked
 from fam_plugins.dataset.rows import Explain, load_extra
-from fam_plugins.dataset.store import parts_in
+from fam_plugins.dataset.store import ids_in
 
 __all__ = ["explain_with_ray"]
 
@@ -29,14 +28,14 @@ def explain_with_ray(
 ) -> None:
     """Write what :func:`fam_plugins.dataset.explain_dataset` writes; run again to resume.
 
-    Ray retries what a lost worker did, and keeps what is done in a folder beside ``out``, named
-    ``.checkpoint`` behind it: keep both.
+    Ray retries what a lost worker did, and notes what is written in a folder beside ``out``, named
+    ``.checkpoint`` behind it.
 
     Args:
         explainer: As for ``explain_dataset``; each worker gets a copy.
         read: Makes the ``ray.data.Dataset``; what it reads has ``id``, strings, in the end also
             ``image``, arrays ``[C, H, W]``. A function, as Ray asks what is done when a data set
-            is made: one made before would be written twice.
+            is made. Workers share its blocks: a list of names needs ``repartition``.
         out: A folder that all machines see.
         workers: Actors. Two CPUs are left for reading and writing, or Ray would hang.
         top_k: As for ``explain_dataset``.
@@ -47,19 +46,23 @@ def explain_with_ray(
     Raises:
         ImportError: If Ray, the extra ``ray``, is missing.
         TypeError: If ``read`` is no function.
-        ValueError: If CPUs are too few, or rows in ``out`` unknown to Ray; as ``explain_dataset``.
+        ValueError: If there are too few CPUs; and as for ``explain_dataset``.
 
     Example:
-        >>> read = lambda: ray.data.read_parquet("paths.parquet").map(load)  # doctest: +SKIP
+        >>> names = lambda: ray.data.read_parquet("names.parquet")  # doctest: +SKIP
+        >>> read = lambda: names().repartition(1000).map(load)  # doctest: +SKIP
         >>> explain_with_ray(explainer, read, "maps", workers=8, num_gpus=1)  # doctest: +SKIP
     """
     ray, data = load_extra("ray", "ray"), load_extra("ray.data", "ray")
     if not callable(read):
         raise TypeError("read must be a function: lambda: ray.data.read_parquet(...).map(load)")
     explain, path = Explain(explainer, top_k, targets), Path(out).resolve()
-    beside, parts = path.with_name(f"{path.name}.checkpoint"), parts_in(path, explain.settings)
-    if (parts and not beside.exists()) or any(part.name.startswith("part-") for part in parts):
-        raise ValueError(f"{out} has rows that {beside} lacks: go on with explain_dataset")
+    beside = path.with_name(f"{path.name}.checkpoint")
+    for pending in beside.glob("*.pending.parquet"):  # of a stop: Ray clears it only if it reads
+        for part in path.glob(pending.name.replace(".pending.parquet", "*")):
+            part.unlink()
+        pending.unlink()
+    done = ids_in(path, explain.settings)
     if not ray.is_initialized():
         ray.init()
     if (cpus := ray.cluster_resources().get("CPU", 0)) < workers + 2:
@@ -68,24 +71,26 @@ def explain_with_ray(
     before, kept = context.checkpoint_config, {"id_column": "id", "checkpoint_path": str(beside)}
     try:
         context.checkpoint_config = kept | {"delete_checkpoint_on_success": False}
-        actors = data.ActorPoolStrategy(size=workers)
-        arguments = {"fn_constructor_args": [explain], "compute": actors, "batch_size": batch_size}
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", "You've enabled checkpointing")
-            made = read().map_batches(_Worker, **arguments, **remote_args)
-            made.write_parquet(str(path), schema=explain.schema)
+        made = read().map_batches(
+            _Worker,
+            fn_constructor_args=[explain, done],
+            compute=data.ActorPoolStrategy(size=workers),
+            batch_size=batch_size,
+            **remote_args,
+        )
+        made.write_parquet(str(path), schema=explain.schema)
     finally:
         context.checkpoint_config = before
 
 
 class _Worker:
-    def __init__(self, explain: Explain) -> None:
-        self._explain = explain
+    def __init__(self, explain: Explain, done: set[str]) -> None:
+        self._explain, self._done = explain, done
         explain.module.eval().to("cuda" if load_extra("ray", "ray").get_gpu_ids() else None)
 
     def __call__(self, batch: dict[str, Any]) -> Any:
-        images = map(torch.tensor, batch["image"])
-        table = self._explain(*stacked(zip(batch["id"], images, strict=True)))
+        pairs = zip(batch["id"], map(torch.tensor, batch["image"]), strict=True)
+        table = self._explain(*stacked(pair for pair in pairs if str(pair[0]) not in self._done))
         if table.nbytes > 2**26:  # half of a block: Ray would cut an image's rows apart
             raise ValueError("a batch has over 64 MiB of maps: lower batch_size, or ask for top_k")
         return table
