@@ -37,7 +37,7 @@ def explain_with_ray(
             ``image``, arrays ``[C, H, W]``. A function, as Ray asks what is done when a data set
             is made. Workers share its blocks: a list of names needs ``repartition``.
         out: A folder that all machines see.
-        workers: Actors. Two CPUs are left for reading and writing, or Ray would hang.
+        workers: Actors. Four CPUs are left, or Ray would hang: it lists, reads, filters and writes.
         top_k: As for ``explain_dataset``.
         targets: As for ``explain_dataset``.
         batch_size: Images per pass.
@@ -65,8 +65,8 @@ def explain_with_ray(
     done = ids_in(path, explain.settings)
     if not ray.is_initialized():
         ray.init()
-    if (cpus := ray.cluster_resources().get("CPU", 0)) < workers + 2:
-        raise ValueError(f"{workers} workers need {workers + 2} CPUs, there are {cpus:g}: add some")
+    if (cpus := ray.cluster_resources().get("CPU", 0)) < workers + 4:
+        raise ValueError(f"{workers} workers need {workers + 4} CPUs, there are {cpus:g}: add some")
     context = data.DataContext.get_current()
     before, kept = context.checkpoint_config, {"id_column": "id", "checkpoint_path": str(beside)}
     try:

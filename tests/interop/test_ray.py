@@ -24,10 +24,10 @@ IMAGES, FILES = 96, 8
 
 @pytest.fixture(scope="module")
 def cluster():
-    """Four CPUs by name: two for the workers, two for reading and writing."""
+    """Six CPUs by name: two for the workers, four for listing, reading, filtering, writing."""
     root = str(Path(__file__).parents[2])
     env = {"env_vars": {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}}
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, runtime_env=env)
+    ray.init(num_cpus=6, include_dashboard=False, log_to_driver=False, runtime_env=env)
     before = ray.data.DataContext.get_current().checkpoint_config
     yield
     assert ray.data.DataContext.get_current().checkpoint_config is before
@@ -121,7 +121,7 @@ def test_what_would_hang_or_mix_is_refused(tmp_path, cluster):
 
     with pytest.raises(TypeError, match="must be a function"):
         explain_with_ray(made, read(), tmp_path / "a")
-    with pytest.raises(ValueError, match="3 workers need 5 CPUs, there are 4"):
+    with pytest.raises(ValueError, match="3 workers need 7 CPUs, there are 6"):
         explain_with_ray(made, read, tmp_path / "a", workers=3)
     explain_dataset(made, items(2), tmp_path / "b")
     with pytest.raises(ValueError, match="other settings: .*rule"):

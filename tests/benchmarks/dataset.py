@@ -1,0 +1,165 @@
+"""Images per second of explain_dataset beside embedding the same data alone.
+
+Both load by the same number of workers, in batches of the same size, and take the embedding or the
+maps to the host; only explain_dataset writes. Rounds are interleaved, the ratio is the median over
+rounds of one right behind the other, so that it holds on a busy machine.
+
+    python -m tests.benchmarks.dataset                     # some minutes on two cores
+    python -m tests.benchmarks.dataset --quick             # seconds: small images, one network
+    python -m tests.benchmarks.dataset --json dataset.json
+
+With ``--quick`` it fails where rows are missing or the forward passes are more than one per image;
+ratios are printed and, without it, must be .90 or more in every row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from fam_plugins import LayerFam, SimilarityModel
+from fam_plugins.dataset import explain_dataset, read_maps
+
+
+class Images(Dataset):
+    """Pictures that take a decoder's time to make: noise, scaled up and normalised."""
+
+    def __init__(self, count: int, size: int) -> None:
+        self.count, self.size = count, size
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, row: int) -> tuple[str, Tensor]:
+        drawn = torch.Generator().manual_seed(row)
+        small = torch.rand(1, 3, self.size // 8, self.size // 8, generator=drawn)
+        image = nn.functional.interpolate(small, size=self.size, mode="bilinear")[0]
+        return f"{row:06d}", (image - 0.5) / 0.25
+
+
+def embed(model: SimilarityModel, data: Dataset, args: argparse.Namespace) -> float:
+    """Seconds that embedding alone takes, in inference mode."""
+    start = time.perf_counter()
+    loader = DataLoader(
+        data,
+        batch_size=args.batch,
+        num_workers=args.workers,
+        pin_memory=args.device.startswith("cuda"),
+    )
+    with torch.inference_mode():
+        for _, images in loader:
+            model.embed(images.to(args.device, non_blocking=True)).cpu()
+    return time.perf_counter() - start
+
+
+def explain(made: LayerFam, data: Dataset, args: argparse.Namespace, **options: int) -> float:
+    with tempfile.TemporaryDirectory() as out:
+        start = time.perf_counter()
+        explain_dataset(
+            made,
+            data,
+            out,
+            batch_size=args.batch,
+            num_workers=args.workers,
+            progress=False,
+            **options,
+        )
+        spent = time.perf_counter() - start
+        rows = read_maps(out)[0].count_rows()
+        wanted = len(data) * options.get("top_k", args.references)
+        assert rows == wanted, f"{rows} rows, not {wanted}"
+    return spent
+
+
+def note(passes: list[int], _module: nn.Module, given: tuple[Tensor], _output: Tensor) -> None:
+    passes.append(len(given[0]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--images", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--references", type=int, default=16)
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path, help="write the numbers here, too")
+    parser.add_argument("--quick", action="store_true", help="small images, one network")
+    args = parser.parse_args()
+    names = ["resnet18", "resnet50"]
+    if args.quick:
+        args.images, args.size, args.rounds, names = 32, 64, 1, names[:1]
+    torch.manual_seed(0)
+    data = Images(args.images, args.size)
+    found = []
+    for name in names:
+        net = getattr(torchvision.models, name)().eval().to(args.device)
+        width, net.fc = net.fc.in_features, nn.Identity()
+        model = SimilarityModel(net, torch.randn(args.references, width), contrast="others")
+        made = LayerFam(model, "layer4", rule="centred", smooth=True)
+        cases = {f"all of {args.references}": {}, "the best": {"top_k": 1}}
+        few = Images(args.batch, args.size)
+        embed(model, few, args)  # warm up
+        explain(made, few, args)
+        passes: list[int] = []
+        counter = net.conv1.register_forward_hook(partial(note, passes))
+        times: dict[str, list[float]] = {case: [] for case in ("alone", *cases)}
+        for _ in range(args.rounds):
+            times["alone"].append(embed(model, data, args))
+            for case, options in cases.items():
+                passes.clear()
+                times[case].append(explain(made, data, args, **options))
+                assert sum(passes) == len(data), f"{sum(passes)} passes for {len(data)} images"
+        counter.remove()
+        for case in cases:
+            ratios = [a / b for a, b in zip(times["alone"], times[case], strict=True)]
+            found.append(
+                {
+                    "network": name,
+                    "references": case,
+                    "ratio": median(ratios),
+                    "low": min(ratios),
+                    "high": max(ratios),
+                    "embedding alone": args.images / median(times["alone"]),
+                    "explain_dataset": args.images / median(times[case]),
+                }
+            )
+    where = (
+        torch.cuda.get_device_name()
+        if args.device.startswith("cuda")
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
+    setting = (
+        f"{args.images} images of {args.size} px, batches of {args.batch}, {args.workers} workers, "
+        f"{where}, torch {torch.__version__}"
+    )
+    print(f"{setting}\n")
+    print(
+        "| network | references | ratio | embedding alone, images/s | explain_dataset, images/s |"
+    )
+    print("|---|---|---|---|---|")
+    for row in found:
+        print(
+            f"| {row['network']} | {row['references']} | {row['ratio']:.2f} ({row['low']:.2f} to "
+            f"{row['high']:.2f}) | {row['embedding alone']:.1f} | {row['explain_dataset']:.1f} |"
+        )
+    if args.json:
+        args.json.write_text(json.dumps({"setting": setting, "rows": found}, indent=1) + "\n")
+    if not args.quick:
+        slow = [f"{row['network']}: {row['ratio']:.2f}" for row in found if row["ratio"] < 0.9]
+        assert not slow, f"less than .90 of embedding alone: {', '.join(slow)}"
+
+
+if __name__ == "__main__":
+    main()
