@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from contextlib import closing
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -37,8 +37,8 @@ def explain_dataset(
 ) -> None:
     """Write the maps of a data set to Parquet, one forward pass per image; run again to resume.
 
-    A kill or an error leaves whole parts, whose images are not explained again. Under torchrun each
-    process takes images of its own, ``Subset(data, range(rank, len(data), world_size))``.
+    A stop leaves whole parts, whose images are not explained again. Under torchrun each process
+    takes images of its own, ``Subset(data, range(rank, len(data), world_size))``.
 
     Args:
         explainer: A :class:`~fam_plugins.LayerFam` with a layer.
@@ -57,7 +57,7 @@ def explain_dataset(
     Raises:
         ImportError: If pyarrow, the extra ``dataset``, is missing.
         OSError: If ``out`` cannot be written.
-        TypeError: If explainer, targets or items are something else.
+        TypeError: If explainer or items are something else.
         ValueError: If ``out`` has other settings, an id comes twice, there are no items, images of
             a batch differ in shape, one is unreadable, or an option is out of range.
 
@@ -68,7 +68,8 @@ def explain_dataset(
     if on_error not in ("raise", "record") or min(batch_size, rows_per_part) < 1:
         raise ValueError('on_error must be "raise" or "record", sizes must be at least 1')
     explain, seen, record = Explain(explainer, top_k, targets), set[str](), on_error == "record"
-    with eval_mode(explain.module), closing(Store(out, explain.settings, rows_per_part)) as store:
+    with eval_mode(explain.module), ThreadPoolExecutor(1) as thread:
+        store = Store(out, explain.settings, rows_per_part, thread)
         pin = "cuda" in str(place_of(explain.module)[0])
         batches = _batches(items, batch_size, num_workers, record, store.done, pin)
         for ids, images, failed in with_progress(batches, "explaining") if progress else batches:
@@ -114,19 +115,21 @@ def _batches(items: Any, size: int, workers: int, record: bool, done: set[str], 
     if isinstance(items, DataLoader):
         return (stacked(zip(*batch, strict=True), record) for batch in items)
     listed = hasattr(items, "__len__") and hasattr(items, "__getitem__")
+    # A generator of its own: loading must not move the user's random numbers.
+    options: Any = {"batch_size": None, "num_workers": workers, "generator": torch.Generator()}
     if listed and not isinstance(items, (IterableDataset, Mapping)):
-        known = [str(name) in done for name in getattr(items, "ids", ())]
-        rows = [row for row in range(len(items)) if not known or not known[row]]
+        rows: Any = range(len(items))
+        if done and hasattr(items, "ids"):
+            rows = [row for row in rows if str(items.ids[row]) not in done]
         parts: Any = [rows[at : at + size] for at in range(0, len(rows), size)]
-        load = partial(_load, items, record)
         return DataLoader(
-            parts, batch_size=None, num_workers=workers, collate_fn=load, pin_memory=pin
+            parts, pin_memory=pin, collate_fn=partial(_load, items, record), **options
         )
-    each = iter(DataLoader(items, batch_size=None, num_workers=workers) if workers else items)
+    each = iter(DataLoader(items, **options) if workers else items)
     return (stacked(some, record) for some in iter(lambda: list(islice(each, size)), []))
 
 
-def _load(items: Any, record: bool, rows: list[int]) -> Any:
+def _load(items: Any, record: bool, rows: Iterable[int]) -> Any:
     def one(row: int) -> Any:
         try:
             return items[row]

@@ -114,10 +114,10 @@ class Explain:
         told["layer"] = find_layer(explainer.forward_func, explainer.layer)[1]
         told["scores"], told["smooth"] = self.module.extra_repr(), explainer.smooth
         told["rule"], told["tail"] = explainer.rule.name, explainer.tail or explainer.rule.tail
-        transform = explainer.reshape_transform
-        told["transform"] = getattr(transform, "__qualname__", repr(transform))
-        package = import_module("fam_plugins").__version__
-        return told | {"versions": f"fam-plugins {package}, torch {torch.__version__}"}
+        told["transform"] = getattr(explainer.reshape_transform, "__qualname__", None)
+        told["transform"] = told["transform"] or repr(explainer.reshape_transform)
+        told["torch"] = str(torch.__version__)
+        return told | {"fam_plugins": import_module("fam_plugins").__version__}
 
 
 def load_extra(module: str, extra: str = "dataset") -> Any:

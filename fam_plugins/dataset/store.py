@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -18,20 +17,17 @@ __all__ = ["Store", "ids_in", "read_maps", "to_fiftyone"]
 
 
 class Store:
-    """Adds parts, on a thread of its own; ``done`` are the ids that were there before.
+    """Adds parts, on another thread; ``done`` are the ids that were there before."""
 
-    Names carry the ``RANK`` that torchrun sets, so that its processes share a folder.
-    """
-
-    def __init__(self, out: str | Path, settings: str, rows_per_part: int) -> None:
+    def __init__(self, out: str | Path, settings: str, rows_per_part: int, thread: Any) -> None:
         self.done, self._out = ids_in(out, settings), Path(out)
         self._out.mkdir(parents=True, exist_ok=True)
         TemporaryFile(dir=out).close()  # refuses a read-only folder before any work
+        # torchrun sets RANK: its processes share a folder.
         self._prefix = f"part-{int(os.environ.get('RANK', 0)):05d}-"
         numbers = [int(part.stem[11:]) for part in self._out.glob(f"{self._prefix}*")]
         self._next, self._per_part = max(numbers, default=-1) + 1, rows_per_part
-        self._tables, self._ahead = list[Any](), list[Future[None]]()
-        self._thread = ThreadPoolExecutor(1)
+        self._tables, self._ahead, self._thread = list[Any](), list[Any](), thread
 
     def add(self, table: Any) -> None:
         """Take rows of whole images; waits while the disk is more than a part behind."""
@@ -47,10 +43,6 @@ class Store:
             self._tables, self._next = [], self._next + 1
         while len(self._ahead) > ahead:
             self._ahead.pop(0).result()
-
-    def close(self) -> None:
-        """End the thread; a part that it is writing becomes whole."""
-        self._thread.shutdown(cancel_futures=True)
 
     def _write(self, path: Path, tables: list[Any]) -> None:
         hidden = path.with_name(f".{path.name}")
@@ -136,9 +128,9 @@ def _rows(batch: Any) -> Iterator[dict[str, Any]]:
 
 
 def to_fiftyone(samples: Any, out: str | Path, field: str = "fam", key: str = "filepath") -> None:
-    """Give FiftyOne's ``samples`` the map of each one's best-scored reference, as a ``Heatmap``.
+    """Write a ``Heatmap`` of its best-scored reference to each of FiftyOne's samples.
 
-    The sample's ``field`` is written, its ``key`` is the image's id in the folder ``out``.
+    ``key`` is the sample's field that holds the image's id, ``field`` the one that is written.
     """
     heatmap, best = load_extra("fiftyone", "fiftyone").Heatmap, dict[str, Any]()
     for row in read_maps(out)[1]:
@@ -147,5 +139,4 @@ def to_fiftyone(samples: Any, out: str | Path, field: str = "fam", key: str = "f
     for sample in samples.iter_samples(autosave=True):
         if str(sample[key]) in best:
             values = best[str(sample[key])]["map"].astype(np.float32)
-            most = float(abs(values).max())
-            sample[field] = heatmap(map=values, range=[-most, most])
+            sample[field] = heatmap(map=values, range=[-abs(values).max(), abs(values).max()])

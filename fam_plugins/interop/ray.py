@@ -28,18 +28,17 @@ def explain_with_ray(
 ) -> None:
     """Write what :func:`fam_plugins.dataset.explain_dataset` writes; run again to resume.
 
-    Ray retries what a lost worker did, and notes what is written in a folder beside ``out``, named
-    ``.checkpoint`` behind it.
+    Ray retries what a lost worker did; what is written is noted in ``out`` + ``.checkpoint``.
 
     Args:
-        explainer: As for ``explain_dataset``; each worker gets a copy.
+        explainer: As for ``explain_dataset``, like ``top_k`` and ``targets``; copied to workers.
         read: Makes the ``ray.data.Dataset``; what it reads has ``id``, strings, in the end also
             ``image``, arrays ``[C, H, W]``. A function, as Ray asks what is done when a data set
             is made. Workers share its blocks: a list of names needs ``repartition``.
         out: A folder that all machines see.
         workers: Actors. Four CPUs are left, or Ray would hang: it lists, reads, filters and writes.
-        top_k: As for ``explain_dataset``.
-        targets: As for ``explain_dataset``.
+        top_k: The references that score best.
+        targets: A dict from ids to indices or labels.
         batch_size: Images per pass.
         **remote_args: Of ``map_batches``; ``num_gpus=1`` moves each model to a GPU.
 

