@@ -31,22 +31,22 @@ class Explain:
             raise TypeError(f"explainer must be {fix}, so that all maps are of one layer")
         model = getattr(explainer.forward_func, "__self__", explainer.forward_func)
         count = len(getattr(model, "references", range(top_k or 0)))
-        both = top_k is not None and targets is not None
-        if (
-            both
-            or top_k not in (None, *range(1, count + 1))
-            or not isinstance(targets, Mapping | None)
-        ):
+        wrong = top_k not in (None, *range(1, count + 1)) or not isinstance(targets, Mapping | None)
+        if wrong or (top_k and targets is not None):
             raise ValueError(f"pass top_k of 1 to {count}, or a dict from image ids as targets")
         self.module = model if isinstance(model, nn.Module) else nn.Module()
         self._explainer, self._model, self._top_k, self._targets = explainer, model, top_k, targets
         self._labels, self._pa = getattr(model, "labels", None), load_extra("pyarrow", "dataset")
         self._fits: int | None = None  # images at a time, where memory has run out
         self.settings, pa = json.dumps(self._depends_on(), sort_keys=True), self._pa
-        names = "id:string reference:int64 label:string score:float32 coverage:float32 error:string"
-        lists = [("map", pa.list_(pa.float16())), ("shape", pa.list_(pa.int32()))]
-        fields = [*(tuple(name.split(":")) for name in names.split()), *lists]
-        self.schema = pa.schema(fields, metadata={"fam_plugins": self.settings})
+        text, real, lists = (
+            pa.string(),
+            pa.float32(),
+            (pa.list_(pa.float16()), pa.list_(pa.int32())),
+        )
+        types = {"id": text, "reference": pa.int64(), "label": text, "score": real}
+        types |= {"coverage": real, "map": lists[0], "shape": lists[1], "error": text}
+        self.schema = pa.schema(types, metadata={"fam_plugins": self.settings})
 
     def __call__(self, ids: list[str], images: Any, failed: Any = ()) -> Any:
         """Rows of images ``[n, ...]``, then one for each ``(id, reason)`` of those that failed."""

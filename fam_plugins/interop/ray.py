@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,31 +16,21 @@ __all__ = ["explain_with_ray"]
 
 
 def explain_with_ray(
-    explainer: Any,
-    read: Callable[[], Any],
-    out: str | Path,
-    *,
-    workers: int = 1,
-    top_k: int | None = None,
-    targets: Mapping[str, Any] | None = None,
-    batch_size: int = 32,
-    **remote_args: Any,
+    explainer: Any, read: Callable[[], Any], out: str | Path, *, workers: int = 1, **options: Any
 ) -> None:
     """Write what :func:`fam_plugins.dataset.explain_dataset` writes; run again to resume.
 
     Ray retries what a lost worker did; what is written is noted in ``out`` + ``.checkpoint``.
 
     Args:
-        explainer: As for ``explain_dataset``, like ``top_k`` and ``targets``; copied to workers.
+        explainer: As for ``explain_dataset``; each worker gets a copy.
         read: Makes the ``ray.data.Dataset``; what it reads has ``id``, strings, in the end also
             ``image``, arrays ``[C, H, W]``. A function, as Ray asks what is done when a data set
             is made. Workers share its blocks: a list of names needs ``repartition``.
         out: A folder that all machines see.
         workers: Actors. Four CPUs are left, or Ray would hang: it lists, reads, filters and writes.
-        top_k: The references that score best.
-        targets: A dict from ids to indices or labels.
-        batch_size: Images per pass.
-        **remote_args: Of ``map_batches``; ``num_gpus=1`` moves each model to a GPU.
+        **options: ``top_k``, ``targets``, ``batch_size``, as there; others are for ``map_batches``:
+            ``num_gpus=1`` moves each worker's model to a GPU.
 
     Raises:
         ImportError: If Ray, the extra ``ray``, is missing.
@@ -48,13 +38,13 @@ def explain_with_ray(
         ValueError: If there are too few CPUs; and as for ``explain_dataset``.
 
     Example:
-        >>> names = lambda: ray.data.read_parquet("names.parquet")  # doctest: +SKIP
-        >>> read = lambda: names().repartition(1000).map(load)  # doctest: +SKIP
+        >>> read = lambda: ray.data.read_parquet("names.parquet").map(load)  # doctest: +SKIP
         >>> explain_with_ray(explainer, read, "maps", workers=8, num_gpus=1)  # doctest: +SKIP
     """
     ray, data = load_extra("ray", "ray"), load_extra("ray.data", "ray")
     if not callable(read):
         raise TypeError("read must be a function: lambda: ray.data.read_parquet(...).map(load)")
+    top_k, targets = options.pop("top_k", None), options.pop("targets", None)
     explain, path = Explain(explainer, top_k, targets), Path(out).resolve()
     beside = path.with_name(f"{path.name}.checkpoint")
     for pending in beside.glob("*.pending.parquet"):  # of a stop: Ray clears it only if it reads
@@ -70,13 +60,8 @@ def explain_with_ray(
     before, kept = context.checkpoint_config, {"id_column": "id", "checkpoint_path": str(beside)}
     try:
         context.checkpoint_config = kept | {"delete_checkpoint_on_success": False}
-        made = read().map_batches(
-            _Worker,
-            fn_constructor_args=[explain, done],
-            compute=data.ActorPoolStrategy(size=workers),
-            batch_size=batch_size,
-            **remote_args,
-        )
+        options = {"batch_size": 32, "compute": data.ActorPoolStrategy(size=workers)} | options
+        made = read().map_batches(_Worker, fn_constructor_args=[explain, done], **options)
         made.write_parquet(str(path), schema=explain.schema)
     finally:
         context.checkpoint_config = before
