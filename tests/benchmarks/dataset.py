@@ -102,6 +102,20 @@ def main() -> None:
         args.images, args.size, args.rounds, names = 32, 64, 1, names[:1]
     torch.manual_seed(0)
     data = Images(args.images, args.size)
+    where = (
+        torch.cuda.get_device_name()
+        if args.device.startswith("cuda")
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
+    setting = (
+        f"{args.images} images of {args.size} px, batches of {args.batch}, {args.workers} workers, "
+        f"{where}, torch {torch.__version__}"
+    )
+    print(f"{setting}\n")
+    print(
+        "| network | references | ratio | embedding alone, images/s | explain_dataset, images/s |"
+    )
+    print("|---|---|---|---|---|")
     found = []
     for name in names:
         net = getattr(torchvision.models, name)().eval().to(args.device)
@@ -124,36 +138,21 @@ def main() -> None:
         counter.remove()
         for case in cases:
             ratios = [a / b for a, b in zip(times["alone"], times[case], strict=True)]
-            found.append(
-                {
-                    "network": name,
-                    "references": case,
-                    "ratio": median(ratios),
-                    "low": min(ratios),
-                    "high": max(ratios),
-                    "embedding alone": args.images / median(times["alone"]),
-                    "explain_dataset": args.images / median(times[case]),
-                }
+            row = {
+                "network": name,
+                "references": case,
+                "ratio": median(ratios),
+                "low": min(ratios),
+                "high": max(ratios),
+                "embedding alone": args.images / median(times["alone"]),
+                "explain_dataset": args.images / median(times[case]),
+            }
+            print(
+                f"| {name} | {case} | {row['ratio']:.2f} ({row['low']:.2f} to {row['high']:.2f}) | "
+                f"{row['embedding alone']:.1f} | {row['explain_dataset']:.1f} |",
+                flush=True,
             )
-    where = (
-        torch.cuda.get_device_name()
-        if args.device.startswith("cuda")
-        else f"CPU, {torch.get_num_threads()} threads"
-    )
-    setting = (
-        f"{args.images} images of {args.size} px, batches of {args.batch}, {args.workers} workers, "
-        f"{where}, torch {torch.__version__}"
-    )
-    print(f"{setting}\n")
-    print(
-        "| network | references | ratio | embedding alone, images/s | explain_dataset, images/s |"
-    )
-    print("|---|---|---|---|---|")
-    for row in found:
-        print(
-            f"| {row['network']} | {row['references']} | {row['ratio']:.2f} ({row['low']:.2f} to "
-            f"{row['high']:.2f}) | {row['embedding alone']:.1f} | {row['explain_dataset']:.1f} |"
-        )
+            found.append(row)
     if args.json:
         args.json.write_text(json.dumps({"setting": setting, "rows": found}, indent=1) + "\n")
     if not args.quick:
