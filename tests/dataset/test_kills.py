@@ -18,11 +18,11 @@ from tests.dataset.stored import explainer, items, rows_in
 
 pytest.importorskip("pyarrow", reason="pyarrow is an extra")
 
-IMAGES = 160
+IMAGES = 120
 OPTIONS = {"batch_size": 4, "rows_per_part": 24, "progress": False}
 # One process that imports once and forks a run at every line it reads.
-CODE = """
-import os, sys, time, torch, pyarrow.parquet, pyarrow.dataset
+CODE = '''
+import io, os, sys, time, torch, pyarrow.parquet, pyarrow.dataset
 from fam_plugins.dataset import explain_dataset
 from tests.dataset.stored import explainer, items
 torch.set_num_threads(1)
@@ -32,6 +32,19 @@ def slowly(given):
         time.sleep(0.002)
         yield item
 
+write = pyarrow.parquet.write_table
+
+def slow_disk(table, file):
+    """Half of a part is there for a while, and a kill may come just then."""
+    whole = io.BytesIO()
+    write(table, whole)
+    half = len(whole.getvalue()) // 2
+    file.write(whole.getvalue()[:half])
+    file.flush()
+    time.sleep(0.01)
+    file.write(whole.getvalue()[half:])
+
+pyarrow.parquet.write_table = slow_disk
 given = items({images})
 for line in sys.stdin:
     run = os.fork()
@@ -40,7 +53,7 @@ for line in sys.stdin:
         os._exit(0)
     print(run, flush=True)
     print(os.waitpid(run, 0)[1], flush=True)
-"""
+'''
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
