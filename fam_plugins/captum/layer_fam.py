@@ -220,6 +220,7 @@ class LayerFam(LayerAttribution):
         additional_forward_args: Any = None,
         relu_attributions: bool = False,
         references_per_chunk: int = 64,
+        return_scores: bool = False,
     ) -> Any:
         """Explain each image's score at many references from one forward pass.
 
@@ -231,16 +232,19 @@ class LayerFam(LayerAttribution):
             inputs: As for :meth:`attribute`.
             indices: Which references to explain: ``[B, k]``, a row per image, as a tensor, an
                 array (the ``I`` of faiss and of scikit-learn's ``kneighbors``) or a nested list;
-                all of them by default.
+                all of them by default. Or a function of all scores ``[B, N]`` that gives them, such
+                as ``lambda scores: scores.topk(5).indices``.
             additional_forward_args: As for :meth:`attribute`.
             relu_attributions: Set negative values to zero.
             references_per_chunk: How many references per image are worked on at a time: bounds
                 the memory, changes nothing else.
+            return_scores: Also return what is explained, from the same pass.
 
         Returns:
             Maps ``[B, k, 1, h, w]`` in the order of ``indices`` (``[B, N, 1, h, w]`` for all ``N``
             references), signed and not normalised, on the layer's device and in its dtype; a
-            tuple if the layer gives several tensors.
+            tuple if the layer gives several tensors. With ``return_scores`` a triple of that, the
+            scores ``[B, k]`` and the indices ``[B, k]``.
 
         Raises:
             AssertionError: If the layer does not run.
@@ -260,7 +264,8 @@ class LayerFam(LayerAttribution):
             (maps,) = map_references(
                 one, scores, forward, inputs, indices=chosen, per_chunk=references_per_chunk
             )
-        return _shown(maps, relu_attributions)
+        shown = _shown(maps, relu_attributions)
+        return (shown, one.scores, one.indices) if return_scores else shown
 
     def has_convergence_delta(self) -> bool:
         """Whether maps add up to the score: under the rule ``"additive"``."""

@@ -37,14 +37,15 @@ def map_references(
     forward: Callable[[], Any],
     images: Any,
     *,
-    indices: Tensor | None,
+    indices: Any,
     per_chunk: int,
 ) -> list[LayerTensors]:
     """Run a model once on images and explain its scores at indices ``[B, k]``; all by default.
 
-    ``forward`` calls ``scores.forward``. Returns for each layer its maps ``[B, k, 1, ...]``; at
-    most ``per_chunk`` references per image are worked on at a time. Inside ``one.frozen()`` values
-    are checked at its end.
+    ``forward`` calls ``scores.forward``. A function as ``indices`` gets all scores ``[B, N]``.
+    Returns for each layer its maps ``[B, k, 1, ...]``, and leaves ``one.scores`` and
+    ``one.indices`` ``[B, k]``; at most ``per_chunk`` references per image are worked on at a time.
+    Inside ``one.frozen()`` values are checked at its end.
     """
     one.again = False
     end = one.run(forward, images)
@@ -62,6 +63,10 @@ def map_references(
     # Indices stay on the host, where unique() keeps no GPU waiting. Inference mode would make
     # tensors here that autograd refuses to index with.
     with torch.inference_mode(False):
+        if callable(indices):
+            with torch.no_grad():
+                of_all = end if scores.model is None else scores.model.score(end)
+                indices = as_indices(indices(of_all.detach()), scores, len(end), per_chunk)
         if indices is None:
             chosen = torch.arange(count, device="cpu").repeat(len(end), 1)
         else:
@@ -83,23 +88,23 @@ def map_references(
         chunks.append(one.finish(gradients))
         sums.append(one.sums)
     one.warn()
+    one.scores, one.indices = torch.cat(explained, dim=1), chosen
     found = [
         tuple(torch.cat(parts, dim=1) for parts in zip(*of_layer, strict=True))
         for of_layer in zip(*chunks, strict=True)
     ]
     if one.rule.adds_up or len(found) == 1:
-        total = torch.cat(explained, dim=1)
-        shares = [(torch.cat(of_layer, dim=1), total) for of_layer in zip(*sums, strict=True)]
+        shares = [(torch.cat(of_layer, dim=1), one.scores) for of_layer in zip(*sums, strict=True)]
         warn_of_coverage(one.rule, one.constants, *shares)
     return found
 
 
-def as_indices(indices: Any, scores: ModelScores, batch: int, per_chunk: int) -> Tensor | None:
+def as_indices(indices: Any, scores: ModelScores, batch: int, per_chunk: int) -> Any:
     """What a user gave as indices -> int64 ``[B, k]``, refused before any work if it is not."""
     if not isinstance(per_chunk, int) or per_chunk < 1:
         raise ValueError(f"references_per_chunk must be an int of at least 1, not {per_chunk!r}")
-    if indices is None:
-        return None
+    if indices is None or callable(indices):
+        return indices
     try:
         chosen = indices if isinstance(indices, Tensor) else torch.tensor(indices, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:

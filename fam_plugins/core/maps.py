@@ -63,6 +63,7 @@ class MapPass:
 
     scores: Tensor
     sums: list[Tensor]
+    indices: Tensor
     constants: dict[str, Tensor]
     again = True  # whether a second pass with the same draws may be asked for
 

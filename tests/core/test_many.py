@@ -326,6 +326,46 @@ def test_indices_as_neighbour_searches_return_them():
         assert torch.equal(explainer.attribute_references(IMAGES, given), expected)
 
 
+@pytest.mark.parametrize("rule", ["additive", "gradcam"])
+@pytest.mark.parametrize("model", [None, "classifier"])
+def test_scores_of_the_same_pass_choose_the_indices(rule, model):
+    model = SimilarityModel(encoder(), ROWS, contrast="others") if model is None else classifier()
+    explainer = LayerFam(model, "last" if model.__class__ is TinyNet else "encoder.last", rule=rule)
+    net = getattr(model, "encoder", model)
+    net.calls = 0
+    with torch.inference_mode():
+        maps, scores, indices = explainer.attribute_references(
+            IMAGES, lambda scores: scores.topk(2).indices, return_scores=True
+        )
+    assert net.calls == 1
+    with torch.no_grad():
+        best = model(IMAGES).topk(2)
+    torch.testing.assert_close(scores, best.values)
+    assert torch.equal(indices, best.indices)
+    assert not scores.requires_grad
+    expected = explainer.attribute_references(IMAGES, best.indices)
+    torch.testing.assert_close(maps, expected, rtol=1e-5, atol=1e-6)
+    _, of_all, every = explainer.attribute_references(IMAGES, return_scores=True)
+    torch.testing.assert_close(of_all, model(IMAGES).detach())
+    assert torch.equal(every, torch.arange(of_all.shape[1]).expand(3, -1))
+
+
+@pytest.mark.parametrize(
+    ("choose", "error", "message"),
+    [
+        (lambda scores: scores.topk(2).values, TypeError, "may be the distances"),
+        (lambda scores: scores.argmax(1), ValueError, r"pass \[B, k\]"),
+        (lambda scores: [[99]] * len(scores), IndexError, "index 99 is out of range"),
+    ],
+)
+def test_what_a_function_chooses_is_checked_too(choose, error, message):
+    model = SimilarityModel(encoder(), ROWS)
+    before = State.of(model)
+    with pytest.raises(error, match=message):
+        LayerFam(model, "encoder.last", rule="additive").attribute_references(IMAGES, choose)
+    before.assert_unchanged(model)
+
+
 def test_one_forward_pass_and_nothing_left_behind():
     for model in (SimilarityModel(encoder(), ROWS), classifier()):
         net = getattr(model, "encoder", model)

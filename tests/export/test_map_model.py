@@ -50,7 +50,8 @@ class AttentionPooling(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.trunk, self.patch_size = nn.Conv2d(3, 8, 4, 4), 4
+        self.trunk = nn.Conv2d(3, 8, 4, 4)
+        self.patch_size, self.image_size = 4, 16
         self.norm = nn.LayerNorm(8)
         self.query = nn.Parameter(torch.randn(1, 1, 8))
         self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
@@ -274,4 +275,4 @@ class TestRefused:
 
     def test_outputs_that_are_no_scores(self):
         with pytest.raises(ValueError, match=r"not scores \[B, N\]"):
-            MapModel(nn.Sequential(nn.Conv2d(3, 4, 3)), "0", rule="additive", example=images(1).float())
+            MapModel(nn.Sequential(nn.Conv2d(3, 4, 3)).double(), "0", rule="fam", example=images(1))
