@@ -20,7 +20,7 @@ from fam_plugins.core.rules import Rule, choose_rule
 from fam_plugins.core.scores import Frozen, frozen_scores, full_precision
 from fam_plugins.core.similarity_model import ModelScores
 from fam_plugins.core.smooth import smoothed
-from fam_plugins.core.trace import differentiable, fixed_sizes, traced
+from fam_plugins.core.trace import differentiable, traced
 from fam_plugins.core.transforms import Transform
 
 __all__ = ["MapModel"]
@@ -47,8 +47,8 @@ class MapModel(nn.Module):
             CAPE head, whose scores are probabilities and whose maps sum to them (it takes neither
             layer nor rule).
         layer: As for :class:`~fam_plugins.LayerFam`; found if left out.
-        example: Images ``[B, C, H, W]`` as the model takes them. Random ones of the size the model
-            states, or 224 x 224, if left out. Models of any image size stay so.
+        example: Images ``[B, C, H, W]`` as the model takes them; the graph is of their size and any
+            batch. Random ones of the size the model states, or 224 x 224, if left out.
         rule: As for :class:`~fam_plugins.LayerFam`, and so on.
         reshape_transform: Rearranges what the layer gives.
         smooth: Average each region with its neighbours.
@@ -85,7 +85,7 @@ class MapModel(nn.Module):
         super().__init__()
         check_module(model)
         images = _example(model) if example is None else example
-        # Two, since graphs of one image stay of one; unlike, since a matrix they share is looked for.
+        # Two, since a graph of one is of one only; unlike, to see which matrix images share.
         images = torch.cat([images[:1], images[:1].roll(1, -1) / 2]).detach()
         with eval_mode(model):
             if isinstance(model, CapeModel):
@@ -101,21 +101,20 @@ class MapModel(nn.Module):
                         "random numbers, or keep a state between calls?"
                     )
         self.recorded = graph.eval()
-        self._sizes = fixed_sizes(graph)
+        self.image_shape = tuple(images.shape[1:])
         self.training = False
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images ``[B, C, H, W]`` -> scores ``[B, N]`` and maps ``[B, N, h, w]``.
 
         Raises:
-            ValueError: If the model was recorded for images of another shape.
+            ValueError: If images have another size than the example.
         """
-        for dim, size in self._sizes.items():
-            if images.shape[dim] != size:
-                raise ValueError(
-                    f"images are {tuple(images.shape)}, and the model takes {size} at dimension "
-                    f"{dim}: resize them, or build MapModel(..., example=images)"
-                )
+        if images.shape[1:] != self.image_shape:
+            raise ValueError(
+                f"images of {tuple(images.shape[1:])}, and this graph is of {self.image_shape}: "
+                "resize them, or build MapModel(..., example=images)"
+            )
         scores, maps = self.recorded(images)
         return scores, maps
 
@@ -125,7 +124,7 @@ class MapModel(nn.Module):
 
 
 class _Recorded:
-    """Scores and maps of images by steps that can be recorded, as one pass of a model found them."""
+    """Scores and maps by steps that can be recorded, as one pass of a model found them."""
 
     def __init__(self, model: nn.Module, layer: Any, images: Tensor, **options: Any) -> None:
         self.scores = ModelScores(model)
@@ -181,7 +180,7 @@ class _Recorded:
 
     def _maps(self, given: Tensor, gradients: Tensor) -> Tensor:
         activation = self.transform(given.detach())
-        return maps_of(self.rule, activation, gradients, self.smooth)[:, :, 0]
+        return maps_of(self.rule, activation, gradients, self.smooth)[0][:, :, 0]
 
     def _slopes(self, end: Tensor) -> tuple[Tensor, Tensor]:
         """Scores ``[B, N]`` of what the model ends in ``[B, M]``, their gradients ``[B, N, M]``."""

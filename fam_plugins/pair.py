@@ -179,7 +179,7 @@ def explain_pair(
         for this, other in ((one, two), (two, one)):
             alike = _pairwise(how, other.point, against)
             maps.append(this.explain(alike))
-            shares.append((region_sum(maps[-1]), this.explained))
+            shares.append(this.explained)
             if return_convergence_delta:
                 deltas.append(this.delta(alike, maps[-1]))
             if difference:
@@ -188,8 +188,7 @@ def explain_pair(
         if joint:
             alike_a, alike_b = _pairwise(how, two.point), _pairwise(how, one.point)
             pairs = joint_shares(one.tail(), two.tail(), alike_a, alike_b)
-    if chosen.adds_up:
-        warn_of_coverage(chosen, two._one.constants, *shares)
+    warn_of_coverage(chosen, two._one.constants, *shares)
     difference_a, difference_b = differences or (None, None)
     delta_a, delta_b = deltas or (None, None)
     return PairExplanation(
@@ -211,7 +210,7 @@ class _Side:
     def explain(self, of: Callable[[Tensor], Tensor]) -> Tensor:
         """The map ``[B, 1, ...]`` of a score ``[B]`` of the embedding."""
         ((found,),) = self._one.maps(lambda: of(self._embedding), retain_graph=True)
-        self.explained = self._one.scores
+        self.explained = self._one.sums[0][:, 0], self._one.scores
         return found
 
     def tail(self) -> LinearTail:

@@ -43,9 +43,9 @@ class LayerFam(LayerAttribution):
             it is found at the first images, by one more forward pass: the last map in front of
             pooling or attention pooling, for a class token the input of a middle block.
         device_ids: Accepted as in Captum; maps are computed on one device. One process per GPU.
-        rule: ``"centred"`` (``additive`` minus its mean; the best rule for finding what matches),
-            ``"additive"`` (signed; sums to the score), ``"gradcam"`` (as ``LayerGradCam``),
-            ``"fam"`` (published; channel weights in [0, 1], no ReLU), or a
+        rule: ``"centred"`` (``additive`` minus its mean, by a ``tail`` of its own; the best rule
+            for finding what matches), ``"additive"`` (signed; sums to the score), ``"gradcam"`` (as
+            ``LayerGradCam``), ``"fam"`` (published; channel weights in [0, 1], no ReLU), or a
             :class:`~fam_plugins.Rule`. Left out, ``"fam"`` with a warning, because it hardly
             depends on the target.
         reshape_transform: Rearranges what the layer gives into ``[B, C, ...]``. ``"auto"`` reads
@@ -59,10 +59,10 @@ class LayerFam(LayerAttribution):
             steadier maps whose sums stay. Recommended with ``rule="centred"`` and a contrast set.
         tail: What is held constant behind the layer, so that shares add up there too: ``"frozen"``
             (norms, attention weights and gates, :func:`~fam_plugins.frozen_tail`; the default of
-            ``additive`` and ``centred``), ``"norms"``, or ``"true"`` (nothing; the default of the
-            others). Behind pooling and linear layers all three are the same; on transformers
-            ``"norms"`` finds the match best in the package's benchmark, and only ``"frozen"`` adds
-            up.
+            ``additive``, because only this adds up), ``"norms"`` (the default of ``centred``,
+            because on transformers it finds the match best in the package's benchmark), or
+            ``"true"`` (no more than a ``frozen_tail()`` around the call; the default of the
+            others). Behind pooling and linear layers all three are the same.
 
     Raises:
         TypeError: If ``rule`` or ``reshape_transform`` is of no such kind.
@@ -148,9 +148,9 @@ class LayerFam(LayerAttribution):
                 does not add up.
 
         Warns:
-            UserWarning: If rule ``"fam"`` meets a contrast set, or a map that promises shares
-                carries less than half of the score (a centred one less than a tenth, the rest
-                being in tokens); once for each layer found for a class token.
+            UserWarning: If rule ``"fam"`` meets a contrast set, or the regions carry less than
+                half of a score that a map promises to share out (under a centred rule less than
+                a tenth, the rest being in tokens); once for each layer found for a class token.
         """
         rule = find_rule(self.rule)
         if return_convergence_delta and not rule.adds_up:
@@ -167,7 +167,7 @@ class LayerFam(LayerAttribution):
         options = {"sum_channels": attr_dim_summation, **(grad_kwargs or {})}
         with one.frozen():
             (maps,) = one.explain(forward, inputs, scores.select, **options)
-            warn_of_coverage(one.rule, one.constants, (region_sum(maps), one.scores))
+            warn_of_coverage(one.rule, one.constants, (one.sums[0][:, 0], one.scores))
         result = _shown(maps, relu_attributions)
         if not return_convergence_delta:
             return result
@@ -251,7 +251,7 @@ class LayerFam(LayerAttribution):
                 as for :meth:`attribute`.
 
         Warns:
-            UserWarning: If rule ``"fam"`` meets a contrast set.
+            UserWarning: As for :meth:`attribute`.
         """
         scores = ModelScores(self.forward_func)
         chosen = as_indices(indices, scores, batch_size(inputs), references_per_chunk)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fam_plugins.core.encoders import pick_embeddings
+from fam_plugins.core.encoders import is_open_clip, pick_embeddings
 from fam_plugins.core.eval_mode import check_module, eval_mode, place_of
 from fam_plugins.core.messages import with_progress
 from fam_plugins.core.references import check_chunk_size
@@ -58,7 +58,7 @@ def _text_call(model: Any, tokenizer: Any) -> Callable[[list[str]], Any]:
             f"{type(tokenizer).__name__} is no tokenizer: pass open_clip.get_tokenizer(name), or "
             "AutoProcessor.from_pretrained(name) of transformers"
         )
-    if hasattr(model, "encode_image") and hasattr(model, "encode_text"):  # open_clip
+    if is_open_clip(model):
         return lambda texts: model.encode_text(tokenize(texts).to(place_of(model)[0]))
     if not hasattr(model, "get_image_features") or not hasattr(model, "get_text_features"):
         raise ValueError(

@@ -51,10 +51,10 @@ class Decomposition:
         return cls(maps, parts, score, gap, parts["regions"] / score)
 
 
-def region_sum(maps: Tensor | LayerTensors, leading: int = 1) -> Tensor:
-    """The sum of each image's maps, ``[B]``; of maps ``[B, k, ...]`` with 2 ``leading``."""
+def region_sum(maps: Tensor | LayerTensors) -> Tensor:
+    """The sum of each image's maps, ``[B]``."""
     parts = maps if isinstance(maps, tuple) else (maps,)
-    total: Tensor = sum(p.flatten(leading).sum(dim=leading) for p in parts)  # type: ignore[assignment]
+    total: Tensor = sum(p.flatten(1).sum(dim=1) for p in parts)  # type: ignore[assignment]
     return total
 
 
@@ -63,16 +63,13 @@ def warn_of_coverage(
 ) -> None:
     """Warn, once for all of them, of regions that carry less than half of a score shared out.
 
-    A centred map sums to zero: its regions carry what ``constants``, the rest by name, leave, and
-    its pattern stands for more than shares, so it takes tokens that leave less than a tenth.
+    What regions carry is meant before a mean is subtracted. The pattern of a centred map stands for
+    more than shares, so it takes less than a tenth, and tokens among ``constants``, the rest by
+    name.
     """
-    least = 0.5
-    if not rule.adds_up:
-        named = rule.centred and TOKENS & {*constants}
-        sums_and_scores = tuple(
-            (s - sum(constants.values()), s) for _, s in sums_and_scores if named
-        )
-        least = 0.1
+    if not rule.adds_up and not (rule.centred and TOKENS & {*constants}):
+        return
+    least = 0.5 if rule.adds_up else 0.1
     # One score for the whole batch is left out.
     pairs = [(r, s, r.abs() < s.abs() * least) for r, s in sums_and_scores if r.shape == s.shape]
 

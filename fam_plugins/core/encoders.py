@@ -10,14 +10,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["Output", "image_call", "pick_embeddings", "pixels_of"]
+__all__ = ["Output", "image_call", "is_open_clip", "pick_embeddings", "pixels_of"]
 
 Output = str | Callable[[Any], Tensor] | None
 
 
 def image_call(encoder: Any) -> Any:
     """What embeds images: a module itself, or the image tower of one that also embeds texts."""
-    if hasattr(encoder, "encode_image") and hasattr(encoder, "encode_text"):  # open_clip
+    if is_open_clip(encoder):
         return encoder.encode_image
     if hasattr(encoder, "get_image_features"):  # transformers
         return encoder.get_image_features
@@ -29,6 +29,11 @@ def image_call(encoder: Any) -> Any:
             "or its image tower (CLIPVisionModelWithProjection)"
         )
     return encoder
+
+
+def is_open_clip(model: Any) -> bool:
+    """Whether a model embeds images and texts by open_clip's two methods."""
+    return hasattr(model, "encode_image") and hasattr(model, "encode_text")
 
 
 def pick_embeddings(output: Any, field: Output = None) -> Any:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["FrozenTail", "flat", "frozen_tail", "tracked"]
+__all__ = ["FrozenTail", "check_visible", "flat", "frozen_tail", "tracked"]
 
 # Operations by name: torch.softmax, F.softmax, Tensor.softmax and Tensor.softmax_ are one.
 WEIGHTS = {  # what they return only ever weighs something else
@@ -172,12 +172,26 @@ class FrozenTail(TorchFunctionMode):
 
     def _check(self, module: nn.Module, args: Any) -> None:
         """Refuse to differentiate a module whose operations a mode cannot see."""
-        compiled = "_orig_mod" in module._modules or vars(module).get("_compiled_call_impl")
-        if compiled or isinstance(module, torch.jit.ScriptModule):
+        if _hides(module) or isinstance(module, torch.jit.ScriptModule):
             tensors = [part for part in flat(args) if isinstance(part, Tensor)]
             used = not tensors or any(tracked(part) for part in tensors)
             if used and torch.is_grad_enabled() and INNERMOST.get() is self:
                 raise TypeError(HIDDEN)
+
+
+def check_visible(model: object, layer: str) -> None:
+    """Refuse a layer, by its name in the model, that is inside of a compiled module."""
+    part: Any = getattr(model, "__self__", model)
+    for step in layer.split("."):
+        if _hides(part):
+            raise TypeError(HIDDEN)
+        part = getattr(part, step, None)
+
+
+def _hides(module: Any) -> bool:
+    """Whether it is a compiled module."""
+    inside = getattr(module, "_modules", {})
+    return "_orig_mod" in inside or getattr(module, "_compiled_call_impl", None) is not None
 
 
 def tracked(given: Any) -> bool:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from fam_plugins.core.decompose import region_sum, warn_of_coverage
+from fam_plugins.core.decompose import warn_of_coverage
 from fam_plugins.core.layer_pass import LayerTensors, products
 from fam_plugins.core.maps import MapPass
 from fam_plugins.core.own_norm import hold_own_norm
@@ -71,7 +71,7 @@ def map_references(
     if scores.model is not None and one.rule.frozen:
         hold_own_norm(end)
     pooled = behind_pooling(one, end) if chosen.shape[1] > 1 else None
-    chunks, explained = [], []
+    chunks, sums, explained = [], [], []
     for part in torch.split(chosen, per_chunk, dim=1):
         with one.frozen():
             wanted, values = _directions(scores, end, part)
@@ -81,14 +81,15 @@ def map_references(
         else:
             gradients = one.gradients(end, wanted.transpose(0, 1), retain_graph=True)
         chunks.append(one.finish(gradients))
+        sums.append(one.sums)
     one.warn()
     found = [
         tuple(torch.cat(parts, dim=1) for parts in zip(*of_layer, strict=True))
         for of_layer in zip(*chunks, strict=True)
     ]
-    if one.rule.adds_up:
+    if one.rule.adds_up or len(found) == 1:
         total = torch.cat(explained, dim=1)
-        shares = [(region_sum(maps, leading=2), total) for maps in found]
+        shares = [(torch.cat(of_layer, dim=1), total) for of_layer in zip(*sums, strict=True)]
         warn_of_coverage(one.rule, one.constants, *shares)
     return found
 

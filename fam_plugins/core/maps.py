@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from fam_plugins.core.frozen_tail import flat
+from fam_plugins.core.frozen_tail import check_visible, flat
 from fam_plugins.core.layer_pass import LayerPass, LayerTensors, fits_image
 from fam_plugins.core.messages import unknown_name, warn_user
 from fam_plugins.core.own_norm import hold_own_norm
@@ -47,8 +48,9 @@ class MapPass:
     rule's choice if left out.
 
     After :meth:`run`, ``activations`` holds the maps ``[B, C, ...]`` of each layer, detached; after
-    :meth:`maps`, ``scores`` holds what was explained, and behind a frozen tail ``constants`` what
-    no region carries of it, by name, ``[B]`` each.
+    :meth:`maps`, ``scores`` holds what was explained, ``sums`` of each layer what its regions carry
+    before any mean is subtracted, ``[B, c]``, and behind a frozen tail ``constants`` what no region
+    carries, by name, ``[B]`` each.
 
     Example:
         >>> net = nn.Sequential(nn.ReLU(), nn.Flatten(), nn.Linear(4, 2))
@@ -60,6 +62,7 @@ class MapPass:
     """
 
     scores: Tensor
+    sums: list[Tensor]
     constants: dict[str, Tensor]
     again = True  # whether a second pass with the same draws may be asked for
 
@@ -83,6 +86,8 @@ class MapPass:
         self._model, self._regions, self._at_input = model, regions, at_input
         self.smooth = smooth
         self._pass = LayerPass(model, layers, at_input=at_input)
+        for name in self._pass.names if self.held is not None else ():
+            check_visible(model, name)
         self._given: Transform | str | None = transform
         self.transforms: list[Transform | None] = []
         self._noted = Frozen(freeze=self.rule.frozen, doubts=[])
@@ -176,13 +181,13 @@ class MapPass:
         self, gradients: list[list[Tensor]], *, sum_channels: bool = True
     ) -> list[LayerTensors]:
         """Gradients ``[B, c, C, R or 1]`` -> for each layer its maps ``[B, c, 1 or C, ...]``."""
-        return [
-            tuple(
-                self._finished(activation, gradient, sum_channels)
-                for activation, gradient in zip(activations, of_layer, strict=True)
-            )
-            for activations, of_layer in zip(self.activations, gradients, strict=True)
-        ]
+        self.sums, found = [], []
+        for activations, of_layer in zip(self.activations, gradients, strict=True):
+            pairs = zip(activations, of_layer, strict=True)
+            maps, sums = zip(*(self._finished(*pair, sum_channels) for pair in pairs), strict=True)
+            self.sums.append(torch.stack(sums).sum(dim=0))
+            found.append(maps)
+        return found
 
     def pooled(self) -> Tensor:
         """The mean of the one layer's map over its regions, ``[B, C]``, in the graph."""
@@ -319,28 +324,35 @@ class MapPass:
             if part.numel():
                 self.constants[name] = part.sum(dim=1) + self.constants.get(name, 0)
 
-    def _finished(self, activation: Tensor, gradients: Tensor, sum_channels: bool) -> Tensor:
-        return check_finite(
-            maps_of(self.rule, activation, gradients, self.smooth, sum_channels=sum_channels)
+    def _finished(
+        self, activation: Tensor, gradients: Tensor, sum_channels: bool
+    ) -> tuple[Tensor, Tensor]:
+        maps, sums = maps_of(
+            self.rule, activation, gradients, self.smooth, sum_channels=sum_channels
         )
+        return check_finite(maps), sums
 
 
 def maps_of(
     rule: Rule, activation: Tensor, gradients: Tensor, smooth: bool, *, sum_channels: bool = True
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Activation ``[B, C, ...]``, gradients ``[B, k, C, R or 1]`` -> maps ``[B, k, 1 or C, ...]``.
 
     In at least float32: a sum over hundreds of channels in half precision loses what the map
-    is about, the differences between regions. Then in the dtype of the layer.
+    is about, the differences between regions. Then in the dtype of the layer. With them their sums
+    ``[B, k]`` before any mean is subtracted.
     """
     wide = torch.promote_types(activation.dtype, torch.float32)
     regions = activation.flatten(2) if activation.dim() > 2 else activation[..., None]
     with torch.no_grad(), full_precision(activation.device):
-        maps = rule.apply(regions.to(wide), gradients.to(wide), sum_channels=sum_channels)
+        plain = replace(rule, centred=False)
+        maps = plain.apply(regions.to(wide), gradients.to(wide), sum_channels=sum_channels)
+        sums = maps.sum(dim=(2, 3))
+        maps = maps - maps.mean(dim=-1, keepdim=True) if rule.centred else maps
         maps = maps.reshape(*maps.shape[:3], *activation.shape[2:])
         if smooth:
             maps = smoothed(maps, activation.dim() - 2)
-    return maps.to(activation.dtype).contiguous()
+    return maps.to(activation.dtype).contiguous(), sums
 
 
 def _warn_of_zeros(zero: Tensor) -> None:

@@ -119,7 +119,7 @@ RULES: dict[str, Rule] = {
             _gradient,
             centred=True,
             unit="share of the score above the image's mean",
-            tail="frozen",
+            tail="norms",  # finds the match best; a map less its mean need not add up
         ),
         Rule("gradcam", _mean_gradient, frozen=False, unit="Grad-CAM, before its ReLU"),
     )

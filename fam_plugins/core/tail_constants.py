@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fam_plugins.core.frozen_tail import NORMS, FrozenTail, flat, tracked
-from fam_plugins.core.layer_pass import products
 
 __all__ = ["TailConstants"]
 
@@ -30,9 +29,9 @@ class TailConstants(FrozenTail):
 
     Kinds are ``"bias"`` (and numbers), ``"class token"``, ``"registers"``, ``"position"`` (other
     parameters) and ``"residual"`` (what bypasses the layer). Make the leaves further inputs of the
-    map's backward pass, or ask :meth:`shares`. Parameters receive no gradient meanwhile. Images are
-    the first dimension, or the second where tokens are in front of them (which cannot be told
-    from as many tokens as images).
+    map's backward pass. Parameters receive no gradient meanwhile. Images are the first dimension,
+    or the second where tokens are in front of them (which cannot be told from as many tokens as
+    images).
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.LayerNorm(4), nn.Linear(4, 1))
@@ -51,13 +50,6 @@ class TailConstants(FrozenTail):
         self._batch = batch
         self._second = False  # whether tensors are [L, B, C], as inside multi-head attention
         self._learnt: dict[int, Any] = {}  # what was computed from parameters alone
-
-    def shares(self, end: Tensor, cotangents: Tensor, **grad_kwargs: Any) -> dict[str, Tensor]:
-        """By kind, the share ``[c, B]`` in sums of ``end`` weighed by ``[c, *end.shape]``."""
-        leaves = list(self.leaves.values())
-        found = products(end, leaves, cotangents, **grad_kwargs) if leaves else []
-        none = end.detach().new_zeros(len(cotangents), self._batch)
-        return {k: none if g is None else g for k, g in zip(self.leaves, found, strict=True)}
 
     def __exit__(self, *error: object) -> None:
         super().__exit__(*error)

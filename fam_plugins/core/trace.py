@@ -12,17 +12,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from fam_plugins.core.frozen_tail import FrozenTail
 
-__all__ = ["differentiable", "fixed_sizes", "traced"]
+__all__ = ["differentiable", "traced"]
 
 
 def traced(compute: Callable[[Tensor], tuple[Tensor, ...]], images: Tensor) -> fx.GraphModule:
-    """The graph of a computation on images, of any batch size and with its weights as buffers.
+    """The graph of a computation on images, of any batch size, with weights and all as buffers.
 
     Raises:
         ValueError: If what is computed depends on values, or only on a batch of this size.
@@ -32,16 +34,20 @@ def traced(compute: Callable[[Tensor], tuple[Tensor, ...]], images: Tensor) -> f
         >>> graph(torch.ones(3, 4))[0]
         tensor([1., 1., 1.])
     """
+    fake = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    sizes = [DimDynamic.DYNAMIC, *[DimDynamic.STATIC] * (images.dim() - 1)]
+    like = fake.from_tensor(images, symbolic_context=StatelessSymbolicContext(sizes))
     try:
         with torch.no_grad(), _PlainPooling():
-            graph = make_fx(compute, tracing_mode="symbolic", _allow_non_fake_inputs=True)(images)
+            graph = make_fx(compute, tracing_mode="symbolic")(like)
     except RuntimeError as error:  # of torch's, for every kind of what it cannot record
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
             "the model cannot be recorded as a graph of operations (does it branch on values, or "
             f"use a compiled module?): {reason}"
         ) from error
-    if 0 in fixed_sizes(graph):
+    batch = like.shape[0]
+    if isinstance(batch, int) or batch.node.maybe_as_int() is not None:
         raise ValueError(
             f"the model's code fixes the batch at {len(images)} images (len(x) or int(x.shape[0]) "
             "do): use x.shape[0] there, as torch.export asks for too"
@@ -67,16 +73,6 @@ class _PlainPooling(TorchFunctionMode):
         if func is F.adaptive_avg_pool2d and not kwargs and args[1] in (1, (1, 1), [1, 1]):
             return args[0].mean((-2, -1), keepdim=True)
         return func(*args, **(kwargs or {}))
-
-
-def fixed_sizes(graph: fx.GraphModule) -> dict[int, int]:
-    """The dimensions of a graph's input that are of one size, and which."""
-    given = next(iter(graph.graph.nodes)).meta["val"]
-    return {dim: int(size) for dim, size in enumerate(given.shape) if _is_fixed(size)}
-
-
-def _is_fixed(size: int | torch.SymInt) -> bool:
-    return isinstance(size, int) or size.node.maybe_as_int() is not None
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from pytorch_grad_cam.utils.svd_on_activations import get_2d_projection
 from torch import Tensor, nn
 
 from fam_plugins.core.choose_layer import choose_layer
-from fam_plugins.core.decompose import region_sum, warn_of_coverage
+from fam_plugins.core.decompose import warn_of_coverage
 from fam_plugins.core.eval_mode import check_module, eval_mode
 from fam_plugins.core.layer_pass import find_layer
 from fam_plugins.core.many import as_indices, map_references
@@ -135,7 +135,7 @@ class FAM(OnePassCAM):
         with one.frozen():
             found = one.maps(lambda: _scores(outputs, targets), sum_channels=not eigen_smooth)
             if one.rule.adds_up or len(found) == 1:
-                shares = [(region_sum(maps), one.scores) for maps in found]
+                shares = [(carried[:, 0], one.scores) for carried in one.sums]
                 warn_of_coverage(one.rule, one.constants, *shares)
         for (maps,) in found:
             if eigen_smooth:

@@ -15,7 +15,7 @@ from torchvision.transforms.functional import gaussian_blur
 
 from fam_plugins.core.eval_mode import check_module, eval_mode
 from fam_plugins.core.layer_pass import find_layer
-from fam_plugins.core.messages import with_progress
+from fam_plugins.core.messages import warn_user, with_progress
 from fam_plugins.core.references import as_tensor, at_home, embed_once, prototypes
 from fam_plugins.core.rules import Rule, find_rule
 from fam_plugins.core.scores import check_floats
@@ -53,7 +53,8 @@ def evaluate(
         explainers: Label -> a rule; a class of Captum or pytorch-grad-cam, or a
             :func:`functools.partial` of one; or a function ``(model, layer, images, targets)`` ->
             maps ``[B, h, w]``, its model the same :class:`~fam_plugins.SimilarityModel` for all.
-        encoder: Images -> embeddings ``[B, D]``; also of mosaics, which are twice the size.
+        encoder: Images -> embeddings ``[B, D]``. Mosaics are twice the size of images; with a
+            warning the same size, every image halved, where the encoder refuses the larger one.
         layer: The layer to explain, or its name.
         dataset: Images ``[C, H, H]``, ready for the encoder, with labels, such as an
             ``ImageFolder``. Classes of no more than ``shots`` images are left out.
@@ -70,6 +71,9 @@ def evaluate(
         TypeError: If an explainer, the encoder or an image is of another kind.
         ValueError: On an unknown name, counts below 1, fewer than four classes, images that are
             not square or differ in size, or maps of another shape.
+
+    Warns:
+        UserWarning: If mosaics are halved.
 
     Example:
         >>> from torch.utils.data import TensorDataset
@@ -101,6 +105,11 @@ def evaluate(
             stack.enter_context(mode)
         torch.default_generator.manual_seed(seed)  # not of the devices
         shot = torch.cat([embed_once(encoder, _load(dataset, of), "supports") for of in rows])
+        try:
+            embed_once(encoder, questions[0][0][0][:1], "mosaics")
+        except (AssertionError, RuntimeError, ValueError) as error:  # of another size than it takes
+            warn_user(f"mosaics are halved, because the encoder refuses larger images: {error}")
+            questions[0] = [tuple(map(_halved, batch)) for batch in questions[0]]
         references = prototypes(shot, np.arange(len(shot)) // shots, chosen)
         model, judge = (
             SimilarityModel(encoder, references, similarity=chosen, contrast=against)
@@ -224,6 +233,13 @@ def _draw(
     )
     batches = (list(zip(*(torch.split(p, 16) for p in one), strict=True)) for one in asked)
     return [of[:shots] for of in rows], *batches
+
+
+def _halved(given: Tensor) -> Tensor:
+    """Images ``[B, C, H, W]`` or cells ``[B, H, W]`` at half the size; indices as they are."""
+    if given.dim() == 4:
+        return F.interpolate(given, scale_factor=0.5, mode="bilinear", antialias=True)
+    return given[:, ::2, ::2] if given.dim() == 3 else given
 
 
 def _load(dataset: Any, rows: Any) -> Tensor:

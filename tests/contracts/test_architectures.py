@@ -73,6 +73,7 @@ def test_equals_captum_and_pytorch_grad_cam(case, similarity):
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6)
 
 
+@pytest.mark.true_gradient
 def test_additive_adds_up_and_says_where_a_true_gradient_does_not(case):
     name, net, layer, images = case
     model = SimilarityModel(net, torch.randn(3, 16), similarity="dot")

@@ -120,6 +120,7 @@ def test_a_row_that_lies_fails(lie):
         test_additive_adds_up_as_the_table_says((replace(row, **lie), model, images))
 
 
+@pytest.mark.true_gradient
 def test_with_the_true_gradient_it_does_not_add_up(case):
     """The proofs above can tell a frozen tail from one that is not."""
     family, model, images = case

@@ -67,6 +67,7 @@ def test_additive_is_cam_on_a_classifier(make):
     torch.testing.assert_close(maps.sum(dim=(1, 2, 3)), logit.detach(), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.true_gradient
 @both
 def test_gradcam_of_a_cosine_sums_to_zero_and_fam_does_not(make):
     model = SimilarityModel(encoder().double(), ROWS.abs())
@@ -77,6 +78,7 @@ def test_gradcam_of_a_cosine_sums_to_zero_and_fam_does_not(make):
     assert make("fam").explain(model, "last", IMAGES, [0] * 3).sum(dim=(1, 2, 3)).abs().min() > 0.1
 
 
+@pytest.mark.true_gradient
 @both
 def test_gradcam_of_an_image_with_itself_is_zero_and_additive_is_not(make):
     model = SimilarityModel(encoder().double(), IMAGES)
@@ -85,6 +87,7 @@ def test_gradcam_of_an_image_with_itself_is_zero_and_additive_is_not(make):
     torch.testing.assert_close(maps.sum(dim=(1, 2, 3)), torch.ones(3).double())
 
 
+@pytest.mark.true_gradient
 @both
 def test_gradcam_of_a_pooled_cosine_has_a_closed_form(make):
     model = SimilarityModel(encoder().double(), ROWS)
@@ -142,6 +145,7 @@ def test_convergence_delta_is_zero_through_linear_tails(head, similarity):
     torch.testing.assert_close(off, delta + maps[0].numel())
 
 
+@pytest.mark.true_gradient
 def test_convergence_delta_is_the_first_order_error_of_a_curved_tail():
     torch.manual_seed(0)
     net = encoder().double()
@@ -166,6 +170,7 @@ def test_a_model_around_the_similarity_model_is_frozen_too(similarity):
         assert torch.equal(maps, expected)
 
 
+@pytest.mark.true_gradient
 def test_frozen_scores_serve_the_partners_too():
     """Gradient times activation under frozen scores is the additive map."""
     model = SimilarityModel(encoder().double(), ROWS)

@@ -123,6 +123,21 @@ def test_rules_that_promise_no_shares_say_nothing(rule):
         LayerFam(SimilarityModel(biased(100.0), ROWS), "last", rule=rule).attribute(IMAGES, 1)
 
 
+def test_what_several_tensors_of_a_layer_carry_counts_together():
+    class Halves(nn.Module):
+        def forward(self, x):
+            return x[..., :5], x[..., 5:]
+
+    net = nn.Sequential(Halves(), nn.Module())
+    net[1].forward = lambda parts: torch.cat(parts, dim=3).mean((2, 3))
+    images = torch.full((1, 2, 8, 10), 0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # either half alone carries 0.4 or 0.6 of the score
+        LayerFam(net, "0", rule="additive").attribute(
+            images * torch.tensor([1.2, 0.8]).repeat_interleave(5), 0
+        )
+
+
 def test_the_warning_names_image_and_numbers():
     net = TinyNet(head=nn.Linear(6, 1)).eval().double()
     with torch.no_grad():

@@ -52,6 +52,14 @@ def randomised(net: nn.Module) -> nn.Module:
     return net
 
 
+def differentiated(
+    one: LayerPass, tail: TailConstants, end: Tensor, cotangents: Tensor
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Gradients of the one layer and, by kind, shares of the constants, from one backward pass."""
+    gradients, shares = one.gradients(end, cotangents, [*tail.leaves.values()])
+    return gradients, dict(zip(tail.leaves, shares, strict=True))
+
+
 def check_adds_up(
     net: nn.Module, layer: str, images: Tensor, pick: Callable[[Any], Tensor] = lambda out: out
 ) -> dict[str, Tensor]:
@@ -62,8 +70,7 @@ def check_adds_up(
     with TailConstants(batch=len(images)) as tail:
         embeddings = pick(one.run(lambda: net(images)))
         cotangents = normal(2, 1, embeddings.shape[1]).expand(2, *embeddings.shape)
-        (gradients,) = one.gradients(embeddings, cotangents, retain_graph=True)
-        shares = tail.shares(embeddings, cotangents)
+        gradients, shares = differentiated(one, tail, embeddings, cotangents)
     # The fast path of nn.MultiheadAttention, which no mode can follow, rounds differently.
     torch.testing.assert_close(embeddings, value, rtol=0, atol=1e-14)
     total = sum(shares.values(), torch.zeros(2, len(images), dtype=torch.float64))
@@ -143,8 +150,7 @@ def test_the_class_token_of_the_last_block_by_loops(attention):
     one = LayerPass(net, ["blocks.1.norm1"])
     with TailConstants(batch=2) as tail:
         out = one.run(lambda: net(images))
-        ((gradient,),) = one.gradients(out, direction.expand(1, 2, 8), retain_graph=True)
-        shares = tail.shares(out, direction.expand(1, 2, 8))
+        (gradient,), shares = differentiated(one, tail, out, direction.expand(1, 2, 8))
     block: Any = net.get_submodule("blocks.1")
     weights, biases = block.multi.in_proj_weight, block.multi.in_proj_bias
     (given,), found = one.tracked[0], (gradient[0] * one.tracked[0][0]).sum(2)
@@ -184,8 +190,7 @@ def test_mean_and_norm_by_the_formula(batch):
     one = LayerPass(net, ["blocks"])
     with TailConstants(batch=batch) as tail:
         out = one.run(lambda: net(images))
-        ((gradient,),) = one.gradients(out, direction.expand(1, batch, 8), retain_graph=True)
-        shares = tail.shares(out, direction.expand(1, batch, 8))
+        (gradient,), shares = differentiated(one, tail, out, direction.expand(1, batch, 8))
     (tokens,) = one.tracked[0]
     assert list(shares) == ["bias"]
     for image in range(batch):
@@ -216,8 +221,7 @@ def test_attention_pooling_by_loops():
     one = LayerPass(net, ["last"])
     with TailConstants(batch=3) as tail:
         out = one.run(lambda: net(tokens))
-        ((gradient,),) = one.gradients(out, direction.expand(1, 3, 8), retain_graph=True)
-        shares = tail.shares(out, direction.expand(1, 3, 8))
+        (gradient,), shares = differentiated(one, tail, out, direction.expand(1, 3, 8))
     assert list(shares) == ["bias"]
     (u,), found = one.tracked[0], (gradient[0] * one.tracked[0][0]).sum(2)
     with torch.no_grad():
@@ -618,9 +622,8 @@ def test_tokens_in_front_of_the_images(tokens, batch):
     one = LayerPass(net, ["encoder.layers.0"])
     with TailConstants(batch=batch) as tail:
         score = one.run(lambda: net(given))[:, 3]
-        ((gradient,),) = one.gradients(score, torch.ones(1, batch), retain_graph=True)
-        shares = tail.shares(score, torch.ones(1, batch))["bias"][0]
-    total = (gradient[0] * one.tracked[0][0]).sum((0, 2)) + shares
+        (gradient,), shares = differentiated(one, tail, score, torch.ones(1, batch))
+    total = (gradient[0] * one.tracked[0][0]).sum((0, 2)) + shares["bias"][0]
     torch.testing.assert_close(total, score, rtol=0, atol=EXACT)
 
 
@@ -656,8 +659,7 @@ def test_precisions(dtype):
     one = LayerPass(net, ["blocks.0"])
     with TailConstants(batch=2) as tail:
         score = one.run(lambda: net(images)).sum(1)
-        ((gradient,),) = one.gradients(score, torch.ones(1, 2), retain_graph=True)
-        shares = tail.shares(score, torch.ones(1, 2))
+        (gradient,), shares = differentiated(one, tail, score, torch.ones(1, 2))
     assert shares["bias"].dtype == torch.float32
     total = (gradient[0].float() * one.tracked[0][0].float()).sum((1, 2)) + shares["bias"][0]
     error = (total - score).abs() / gradient.float().norm() / one.tracked[0][0].float().norm()
@@ -670,8 +672,7 @@ def test_autocast():
         one = LayerPass(net, ["blocks.0"])
         with TailConstants(batch=2) as tail:
             score = one.run(lambda: net(images)).sum(1)
-            ((gradient,),) = one.gradients(score, torch.ones(1, 2), retain_graph=True)
-            shares = tail.shares(score, torch.ones(1, 2))
+            (gradient,), shares = differentiated(one, tail, score, torch.ones(1, 2))
     total = (gradient[0] * one.tracked[0][0].float()).sum((1, 2)) + shares["bias"][0]
     torch.testing.assert_close(total, score.float(), rtol=0.03, atol=0.03)
 
@@ -843,7 +844,7 @@ def test_partners_add_up_inside():
     with TailConstants(batch=2) as tail:
         one = LayerPass(model, [layer])
         end = one.run(lambda: model(images))[:, 1]
-        shares = tail.shares(end, torch.ones(1, 2, dtype=torch.float64))
+        _, shares = differentiated(one, tail, end, torch.ones(1, 2, dtype=torch.float64))
     with frozen_tail():
         found = explainer.attribute(images, target=1).sum((1, 2))
     torch.testing.assert_close(found + sum(shares.values())[0], wanted, rtol=0, atol=EXACT)

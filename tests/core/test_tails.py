@@ -68,14 +68,14 @@ def test_the_three_differ_and_the_rules_choose(model):
         assert (maps[one] - maps[other]).abs().max() > 1e-4
     for rule, tail in {
         "additive": "frozen",
-        "centred": "frozen",
+        "centred": "norms",
         "gradcam": "true",
         "fam": "true",
     }.items():
         chosen = LayerFam(model, LAYER, rule=rule).attribute(IMAGES, 1)
         asked = LayerFam(model, LAYER, rule=rule, tail=tail).attribute(IMAGES, 1)
         assert torch.equal(chosen, asked)
-        other = "true" if tail == "frozen" else "frozen"
+        other = "frozen" if tail == "true" else "true"
         differs = LayerFam(model, LAYER, rule=rule, tail=other).attribute(IMAGES, 1)
         assert (chosen - differs).abs().max() > 1e-4
 
@@ -188,6 +188,82 @@ def test_what_is_held_whole_follows_the_true_gradient_and_adds_nothing_unsaid(en
             __file__
         ]
     torch.testing.assert_close(maps, true)
+
+
+@pytest.mark.filterwarnings("ignore:Using `torch.compile:UserWarning")
+@pytest.mark.parametrize("how", ["wrapped", "in place", "around"])
+def test_a_layer_inside_of_a_compiled_module_is_refused_before_any_work(how):
+    net = vit()
+    layer, calls = net.get_submodule(LAYER), []
+    net.conv_proj.register_forward_hook(lambda *_: calls.append(1))
+    model = SimilarityModel(net, torch.randn(3, 8).double())
+    if how == "wrapped":
+        model.encoder = torch.compile(net, backend="eager")
+    elif how == "in place":
+        net.compile(backend="eager")
+    else:
+        model = torch.compile(model, backend="eager")
+    for rule in ("additive", "centred"):
+        with pytest.raises(TypeError, match="compiled.*explain the model as it was before"):
+            LayerFam(model, layer, rule=rule).attribute(IMAGES, 1)
+    assert not calls
+    part = vit()
+    part.conv_proj.compile(backend="eager")  # in front of the layer nothing is frozen
+    model = SimilarityModel(part, torch.randn(3, 8).double())
+    assert LayerFam(model, LAYER, rule="additive").attribute(IMAGES, 1).any()
+
+
+class Kernel(torch.autograd.Function):
+    """Attention as a kernel of another library: one operation, which no mode sees into."""
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        ctx.save_for_backward(q, k, v)
+        return torch.softmax(q @ k.mT, -1) @ v
+
+    @staticmethod
+    def backward(ctx, gradient):
+        with torch.enable_grad():
+            q, k, v = (part.detach().requires_grad_() for part in ctx.saved_tensors)
+            return torch.autograd.grad(torch.softmax(q @ k.mT, -1) @ v, (q, k, v), gradient)
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+def test_attention_that_cannot_be_frozen_shows_in_the_gap(kernel):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.qkv = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 24)
+
+        def forward(self, images):
+            q, k, v = self.qkv(self.embed(images).flatten(2).mT).chunk(3, dim=2)
+            read = Kernel.apply(q, k, v) if kernel else torch.softmax(q @ k.mT, -1) @ v
+            return read.mean(1)
+
+    torch.manual_seed(0)
+    net = Net().double()
+    with torch.no_grad():
+        net.qkv.weight.mul_(3)  # attends to some regions
+    model = SimilarityModel(net, torch.randn(2, 8).double())
+    explainer = LayerFam(model, "embed", rule="additive")
+    gap = explainer.decompose(IMAGES, 1).gap
+    _, delta = explainer.attribute(IMAGES, 1, return_convergence_delta=True)
+    close(delta, gap)
+    assert gap.abs().min() > 1e-3 if kernel else gap.abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("layer", [LAYER, "conv_proj"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_gap_is_that_of_the_precision(layer, dtype):
+    net, images = vit().to(dtype), IMAGES.to(dtype)
+    model = SimilarityModel(net, torch.randn(3, 8, generator=torch.Generator().manual_seed(2)))
+    model = model.to(dtype)
+    found = LayerFam(model, layer, rule="additive").decompose(images, 1)
+    assert found.maps.dtype == dtype
+    assert found.gap.dtype == torch.float32
+    parts = torch.stack([part.float().abs() for part in found.parts.values()]).sum(0)
+    assert (found.gap.abs() < 8 * torch.finfo(dtype).eps * parts).all()
+    assert (parts > 0.1).all()
 
 
 @pytest.mark.parametrize(

@@ -165,6 +165,7 @@ def test_timm_is_inferred(name, settings, size, layer, expected):
         ((2, 3, 197, 64), (2, 3, 224, 224), "no end of it looks like their grid"),
         ((2, 16, 9, 7), (2, 3, 32, 32), "no end of it looks like their grid"),
         ((2, 197, 64), (2, 3, 224, 224), r"197 = 1 \+ 14 x 14"),
+        ((2, 13, 64), (2, 3, 224, 224), "gives 13 tokens, and no module around it states their"),
     ],
 )
 def test_a_doubt_is_refused(given, images, message):

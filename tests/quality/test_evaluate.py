@@ -238,6 +238,39 @@ def test_labels_are_read_from_targets_when_there_are_any():
     np.testing.assert_array_equal(*(one.values["a"]["energy"] for one in found))
 
 
+class OneSize(nn.Module):
+    """An encoder that takes images of one size, as most vision transformers."""
+
+    def __init__(self, side):
+        super().__init__()
+        self.net, self.side = encoder(), side
+
+    def forward(self, images):
+        assert images.shape[2:] == (self.side, self.side), f"{self.side} pixels and no more"
+        return self.net(images)
+
+
+@pytest.mark.parametrize("side", [8, 9])
+def test_an_encoder_of_one_input_size_gets_mosaics_of_that_size(side):
+    data, seen = Colours(side=side), []
+    colours = torch.stack([data.tensors[0][data.tensors[1] == k].mean((0, 2, 3)) for k in range(5)])
+
+    def nearest_cell(model, layer, images, targets):
+        """One where the cell is that is most like the colour of the class."""
+        seen.append(images.shape)
+        away = (images - colours[targets][:, :, None, None]).abs().sum(1, keepdim=True)
+        cells = nn.functional.adaptive_avg_pool2d(away, 2).flatten(1)
+        return nn.functional.one_hot(cells.argmin(1), 4).reshape(-1, 2, 2).float()
+
+    methods = {"cell": nearest_cell, "ours": "centred"}
+    with pytest.warns(UserWarning, match=f"refuses larger images: {side} pixels") as caught:
+        found = evaluate(methods, OneSize(side), "net.last", data, **FEW)
+    assert [each.filename for each in caught] == [__file__]
+    assert set(seen) == {(4, 3, side, side), (5, 3, side, side)}
+    assert (found.values["cell"]["point"] == 1).all()
+    assert (found.values["ours"]["energy"] > 0).all()
+
+
 def test_what_makes_a_reference_is_not_explained():
     lazy = Lazy(25)
     evaluate({"a": "centred"}, encoder(), "last", lazy, **FEW | {"mosaics": 20, "singles": 99})

@@ -98,7 +98,8 @@ def explainers(kind: str) -> dict[str, Any]:
     for title, layer in given.layers.items():
         for tail in TAILS:
             found[fam_row("additive", title, tail)] = fam_at(layer, "additive", tail)
-        found[fam_row("centred", title, "frozen")] = fam_at(layer, "centred", "frozen")
+        for tail in ("frozen", "norms"):
+            found[fam_row("centred", title, tail)] = fam_at(layer, "centred", tail)
         found[f"GradCAM, {title}"] = cam_at("GradCAM", layer)
     if not given.settings:
         return found

@@ -80,17 +80,19 @@ def sentence(summary: Summary, kind: str) -> str:
         f"`{tails[0]}` against `{tails[1]}`, in energy: {by_layer(rows, kind, *tails)}"
         for tails in (("norms", "true"), ("frozen", "true"), ("frozen", "norms"))
     ]
+    centred = by_layer(rows, kind, "norms", "frozen", rule="centred")
+    freezing.append(f"Of `centred` `norms` against `frozen`, in energy: {centred}")
     return (
         f"* **{kind[0].upper()}{kind[1:]}: {layer}, `{tail}`.** `additive` there, "
         f"{'; '.join(against)}. {'. '.join(freezing)}."
     )
 
 
-def by_layer(rows: Rows, kind: str, first: str, second: str) -> str:
+def by_layer(rows: Rows, kind: str, first: str, second: str, rule: str = "additive") -> str:
     """At which layers one tail is ahead of another in energy."""
     said: dict[str, list[str]] = {AHEAD: [], BEHIND: [], NEITHER: []}
     for layer in KINDS[kind].layers:
-        pair = (rows[fam_row("additive", layer, tail)] for tail in (first, second))
+        pair = (rows[fam_row(rule, layer, tail)] for tail in (first, second))
         said[word(compared(*pair, "energy"))].append(layer)
     return "; ".join(f"{how} at {', '.join(layers)}" for how, layers in said.items() if layers)
 
@@ -114,11 +116,14 @@ def compared(
 def table(summary: Summary, kind: str) -> str:
     """Layers against tails and GradCAM, then the peers that have no choice of layer."""
     rows, given = summary["kinds"][kind]["rows"], KINDS[kind]
-    head = [kind, *(f"`{tail}`" for tail in TAILS), "`centred`, `frozen`", "GradCAM"]
+    centred = ("frozen", "norms")
+    head = [kind, *(f"`{tail}`" for tail in TAILS), *(f"`centred`, `{t}`" for t in centred)]
+    head += ["GradCAM"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for layer in given.layers:
         labels = [fam_row("additive", layer, tail) for tail in TAILS]
-        labels += [fam_row("centred", layer, "frozen"), f"GradCAM, {layer}"]
+        labels += [fam_row("centred", layer, tail) for tail in centred]
+        labels += [f"GradCAM, {layer}"]
         usual = " (usual)" if layer == given.recipe else ""
         cells = " | ".join(cell(rows[label]) for label in labels)
         lines.append(f"| {layer}{usual} | {cells} |")
