@@ -97,27 +97,29 @@ def made(name: str, **options):
     return SimilarityModel(encoder, torch.randn(3, 4).double(), **options), layer
 
 
-@pytest.mark.parametrize("smooth", [False, True])
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("name", ENCODERS)
-def test_equals_layer_fam_on_images_and_batches_it_has_not_seen(name, rule, smooth):
-    model, layer = made(name, contrast="others" if rule == "centred" else None)
-    graph = MapModel(model, layer, rule=rule, smooth=smooth, example=images(1))
+def test_equals_layer_fam_on_images_and_batches_it_has_not_seen(name, rule):
+    recommended = rule == "centred"
+    model, layer = made(name, contrast="others" if recommended else None)
+    graph = MapModel(model, layer, rule=rule, smooth=recommended, example=images(1))
     for count in (1, 5):
         batch = images(count, seed=7)
         scores, maps = graph(batch)
-        wanted = LayerFam(model, layer, rule=rule, smooth=smooth).attribute_references(batch)
-        torch.testing.assert_close(maps, wanted[:, :, 0], rtol=0, atol=1e-12)
+        explainer = LayerFam(model, layer, rule=rule, smooth=recommended)
+        wanted = explainer.attribute_references(batch)[:, :, 0]
+        torch.testing.assert_close(maps, wanted, rtol=0, atol=1e-12)
         torch.testing.assert_close(scores, model(batch), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("contrast", ["others", "mean", "embeddings", "mean of others"])
+@pytest.mark.parametrize("contrast", ["others", "mean", "embeddings"])
 @pytest.mark.parametrize("similarity", ["cosine", "dot", "sqeuclidean", "euclidean"])
 def test_every_similarity_and_contrast(similarity, contrast):
     rows = torch.randn(5, 4, generator=torch.Generator().manual_seed(1)).double()
-    if contrast == "mean" and similarity != "euclidean":
+    if contrast == "mean" and similarity != "euclidean":  # which has none
         contrast = gallery_mean(rows, similarity=similarity)
-    contrast = rows if not isinstance(contrast, str) or contrast != "others" else contrast
+    elif contrast != "others":
+        contrast = rows
     model, layer = made("hidden", similarity=similarity, contrast=contrast)
     graph, batch = MapModel(model, layer, rule="additive", example=images(1)), images(3, seed=3)
     wanted = LayerFam(model, layer, rule="additive").attribute_references(batch)
