@@ -37,10 +37,10 @@ class MapModel(nn.Module):
     recorded as operations on tensors. Behind pooling, with or without a linear head, that is one
     matrix product for all references; behind any other tail a step through it per reference.
 
-    It holds the model as it is now, in eval mode, with its references and its contrast; weights
-    that are no copies are shared. Its maps are those of :class:`~fam_plugins.LayerFam` under the
-    same rule (checked on the example), unchecked for NaN and without warnings: a graph reads no
-    values. Build it on the device it is to run on. Nothing else is kept of the model.
+    It is of the model as it is now, in eval mode, with its references and its contrast: make it
+    anew when these change, and on the device it is to run on. Its maps are those of
+    :class:`~fam_plugins.LayerFam` under the same rule (checked on the example), unchecked for NaN
+    and without warnings: a graph reads no values. ONNX files are of opset 18 or newer.
 
     Args:
         model: A :class:`~fam_plugins.SimilarityModel`, a classifier ``[B, N]``, or a model with a
@@ -95,7 +95,8 @@ class MapModel(nn.Module):
                 found = _Recorded(model, layer, images, rule=choose_rule(rule), **options)
                 graph = traced(found, images)
                 gap = (graph(images)[1][:, :1] - found.first).abs().amax()
-                if not gap <= 1e-3 * found.first.abs().amax():
+                allowed = max(1e-3, 8 * torch.finfo(gap.dtype).eps)
+                if not gap <= allowed * found.first.abs().amax():
                     raise ValueError(
                         f"the recorded maps are {gap:.2g} off those of the model: does it draw "
                         "random numbers, or keep a state between calls?"
@@ -108,8 +109,14 @@ class MapModel(nn.Module):
         """Images ``[B, C, H, W]`` -> scores ``[B, N]`` and maps ``[B, N, h, w]``.
 
         Raises:
+            RuntimeError: In ``torch.jit.trace``, and so in the ONNX exporter that uses it.
             ValueError: If images have another size than the example.
         """
+        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            raise RuntimeError(
+                "torch.jit.trace knows too few operations: torch.export.export, or for ONNX "
+                "torch.onnx.export(..., dynamo=True)"
+            )
         if images.shape[1:] != self.image_shape:
             raise ValueError(
                 f"images of {tuple(images.shape[1:])}, and this graph is of {self.image_shape}: "

@@ -108,6 +108,8 @@ def doubt(flag: Tensor, consequence: Callable[[], None] | Exception) -> None:
     At once, or at the end of an explainer's pass: one transfer, so that a GPU is waited for once.
     """
     noted = ACTIVE.get()
+    if noted is not None and noted.traced:
+        return None
     if noted is None or noted.doubts is None:
         return _settle([(flag, consequence)])
     return noted.doubts.append((flag, consequence))

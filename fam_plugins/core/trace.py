@@ -41,7 +41,7 @@ def traced(compute: Callable[[Tensor], tuple[Tensor, ...]], images: Tensor) -> f
         with torch.no_grad(), _PlainPooling():
             graph = make_fx(compute, tracing_mode="symbolic")(like)
     except RuntimeError as error:  # of torch's, for every kind of what it cannot record
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
             "the model cannot be recorded as a graph of operations (does it branch on values, or "
             f"use a compiled module?): {reason}"

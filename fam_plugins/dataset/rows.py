@@ -38,13 +38,9 @@ class Explain:
         self._labels, self._pa = getattr(model, "labels", None), load_extra("pyarrow", "dataset")
         self._fits: int | None = None  # images at a time, where memory has run out
         self.settings, pa = json.dumps(self._depends_on(), sort_keys=True), self._pa
-        text, real, lists = (
-            pa.string(),
-            pa.float32(),
-            (pa.list_(pa.float16()), pa.list_(pa.int32())),
-        )
-        types = {"id": text, "reference": pa.int64(), "label": text, "score": real}
-        types |= {"coverage": real, "map": lists[0], "shape": lists[1], "error": text}
+        text, number, halves = pa.string(), pa.float32(), pa.list_(pa.float16())
+        types = {"id": text, "reference": pa.int64(), "label": text, "score": number}
+        types |= {"coverage": number, "map": halves, "shape": pa.list_(pa.int32()), "error": text}
         self.schema = pa.schema(types, metadata={"fam_plugins": self.settings})
 
     def __call__(self, ids: list[str], images: Any, failed: Any = ()) -> Any:
@@ -98,9 +94,8 @@ class Explain:
     def _depends_on(self) -> dict[str, Any]:
         explainer, state, told = self._explainer, self.module.state_dict(), dict[str, Any]()
         if isinstance(rows := getattr(self._model, "references", None), Gallery):
-            state["references"] = torch.tensor(
-                rows.array[:: -(-len(rows) // 2**16)]
-            )  # some of them
+            some = rows.array[:: -(-len(rows) // 2**16)]
+            state["references"] = torch.tensor(some)
         for name, value in state.items():
             if isinstance(value, Tensor):
                 of = told.setdefault(f"hash of {name.partition('.')[0]}", hashlib.blake2b())

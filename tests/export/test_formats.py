@@ -37,6 +37,13 @@ def test_torch_compile_takes_the_whole_graph(name):
     torch.testing.assert_close(compiled(images(3))[1], graph(images(3))[1])
 
 
+def test_the_exporter_that_traces_is_refused_with_the_fix():
+    model, layer = made("pooled")
+    graph = MapModel(model, layer, rule="additive", example=images(1))
+    with pytest.raises(RuntimeError, match="dynamo=True"):
+        torch.jit.trace(graph, (images(2),))
+
+
 def convnext():
     blocks = [tv.convnext.CNBlockConfig(16, 32, 1), tv.convnext.CNBlockConfig(32, None, 1)]
     return SimilarityModel(tv.ConvNeXt(blocks, num_classes=8), torch.randn(3, 8)), 32

@@ -186,6 +186,19 @@ def test_nothing_of_autograd_and_no_hook_is_left():
     assert scores.shape == (2, 3)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["pooled", "attention"])
+def test_half_precision(name, dtype):
+    model, layer = made(name)
+    model, batch = model.to(dtype), images(2, seed=4).to(dtype)
+    graph = MapModel(model, layer, rule="additive", example=images(1).to(dtype))
+    found = graph(batch.to(memory_format=torch.channels_last))[1]
+    wanted = LayerFam(model, layer, rule="additive").attribute_references(batch)[:, :, 0]
+    assert found.dtype == dtype
+    gap = (found - wanted).abs().max()
+    assert gap <= 8 * torch.finfo(dtype).eps * wanted.abs().max()
+
+
 def test_a_state_dict_holds_all_of_it():
     model, layer = made("hidden")
     graph, other = (MapModel(m, layer, rule="centred", example=images(1)) for m in (model, model))
