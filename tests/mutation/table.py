@@ -621,8 +621,56 @@ QUALITY = of(
      "module, inputs, targets.flip(0), smooth)\n            shown"),
 )  # fmt: skip
 
+EXPORT = of(
+    "export.py",
+    "export/test_map_model.py",
+    ("images = torch.cat([images[:1], images[:1].roll(1, -1) / 2]).detach()",
+     "images = torch.cat([images[:1], images[:1]]).detach()"),
+    ("if pooled is not None and one.is_affine(end, lengths, partial(run, images[:1])):",
+     "if pooled is not None:"),
+    ("slopes = slopes if lengths is None else slopes / lengths[:, None]", "pass"),
+    ("Frozen(freeze=self.rule.frozen, traced=True)", "Frozen(freeze=True, traced=True)"),
+    ("one.behind = differentiable(self.held)", "one.behind = differentiable(None)"),
+    ("maps = smoothed(maps, maps.dim() - 2) if smooth else maps", "pass"),
+    ("if not len(self.matrix) and self.count > MOST:", "if False:"),
+    ("if not gap <= allowed * found.first.abs().amax():", "if False:"),
+    ("if images.shape[1:] != self.image_shape:", "if False:"),
+    ("self.training = False", "pass"),
+) + of(
+    "core/trace.py",
+    "export/test_map_model.py export/test_formats.py",
+    ("graph.register_buffer(name, constant.detach())", "setattr(graph, name, constant)"),
+    ("if isinstance(batch, int) or batch.node.maybe_as_int() is not None:", "if False:"),
+    ("if func is F.adaptive_avg_pool2d and", "if False and"),
+    ("with sdpa_kernel(SDPBackend.MATH), nullcontext()", "with nullcontext()"),
+)  # fmt: skip
+
+DATASET = of(
+    "dataset/rows.py",
+    "dataset/test_explain.py",
+    ("scores.topk(self._top_k).indices", "(-scores).topk(self._top_k).indices"),
+    ("(half := maps.half()).isinf().any()", "(half := maps.half()) is None"),
+    ("self._fits = len(part) // 2", "self._fits = 1"),
+    (".where(scores != 0, share)", ""),
+) + of(
+    "dataset/store.py",
+    "dataset/test_explain.py dataset/test_kills.py",
+    ("os.replace(hidden, path)", "os.replace(hidden, path.with_suffix('.x'))"),
+    ("        differ = [key for key in {**old, **new} if old.get(key) != new.get(key)]",
+     "        differ = []"),
+    ("            hidden.unlink(missing_ok=True)", "            pass"),
+    ("        while len(self._ahead) > ahead:", "        while False:"),
+) + of(
+    "dataset/explain.py",
+    "dataset/test_explain.py",
+    ("if name in seen:", "if False:"),
+    ("if name not in store.done]", "]"),
+    ('"generator": torch.Generator()', '"generator": None'),
+    ("if not seen | store.done:", "if False:"),
+)  # fmt: skip
+
 MUTANTS = [
     *SIMILARITY, *SCORES, *REFERENCES, *CONTRAST, *OWN_NORM, *TAILS, *DECOMPOSE, *SMOOTH, *RULES,
     *MAPS, *MANY, *LAYER_PASS, *TRANSFORMS, *ENCODERS, *OTHERS_OF_CORE, *CAPTUM, *GRAD_CAM, *CAPE,
-    *INTEROP, *PLOTS, *PAIR, *QUALITY,
+    *INTEROP, *PLOTS, *PAIR, *QUALITY, *EXPORT, *DATASET,
 ]  # fmt: skip
