@@ -172,7 +172,9 @@ class FrozenTail(TorchFunctionMode):
 
     def _check(self, module: nn.Module, args: Any) -> None:
         """Refuse to differentiate a module whose operations a mode cannot see."""
-        if _hides(module) or isinstance(module, torch.jit.ScriptModule):
+        # Not by _hides: torch 2.3 compiles what is called from here, and then calls this for ever.
+        compiled = "_orig_mod" in module._modules or vars(module).get("_compiled_call_impl")
+        if compiled or isinstance(module, torch.jit.ScriptModule):
             tensors = [part for part in flat(args) if isinstance(part, Tensor)]
             used = not tensors or any(tracked(part) for part in tensors)
             if used and torch.is_grad_enabled() and INNERMOST.get() is self:
