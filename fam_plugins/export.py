@@ -85,7 +85,7 @@ class MapModel(nn.Module):
         super().__init__()
         check_module(model)
         images = _example(model) if example is None else example
-        # Two, since a graph of one is of one only; unlike, to see which matrix images share.
+        # Two, since a graph of one is of one only; unlike, so that the check below sees more.
         images = torch.cat([images[:1], images[:1].roll(1, -1) / 2]).detach()
         with eval_mode(model):
             if isinstance(model, CapeModel):

@@ -624,8 +624,6 @@ QUALITY = of(
 EXPORT = of(
     "export.py",
     "export/test_map_model.py",
-    ("images = torch.cat([images[:1], images[:1].roll(1, -1) / 2]).detach()",
-     "images = torch.cat([images[:1], images[:1]]).detach()"),
     ("if pooled is not None and one.is_affine(end, lengths, partial(run, images[:1])):",
      "if pooled is not None:"),
     ("slopes = slopes if lengths is None else slopes / lengths[:, None]", "pass"),
