@@ -213,10 +213,9 @@ class _Recorded:
 
 def _probabilities(model: CapeModel, smooth: bool, images: Tensor) -> tuple[Tensor, Tensor]:
     """The probabilities of a CAPE head, and the maps that sum to them."""
-    features = model.features(images)
-    maps = model.head.probability_maps(features)
-    maps = smoothed(maps, maps.dim() - 2) if smooth else maps
-    return model.head(features).exp(), maps
+    maps = model.head.probability_maps(model.features(images))
+    probabilities = maps.flatten(2).sum(dim=2)
+    return probabilities, smoothed(maps, maps.dim() - 2) if smooth else maps
 
 
 def _example(model: nn.Module) -> Tensor:

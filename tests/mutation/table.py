@@ -629,7 +629,7 @@ EXPORT = of(
     ("slopes = slopes if lengths is None else slopes / lengths[:, None]", "pass"),
     ("Frozen(freeze=self.rule.frozen, traced=True)", "Frozen(freeze=True, traced=True)"),
     ("one.behind = differentiable(self.held)", "one.behind = differentiable(None)"),
-    ("maps = smoothed(maps, maps.dim() - 2) if smooth else maps", "pass"),
+    ("smoothed(maps, maps.dim() - 2) if smooth else maps", "maps"),
     ("if not len(self.matrix) and self.count > MOST:", "if False:"),
     ("if not gap <= allowed * found.first.abs().amax():", "if False:"),
     ("if images.shape[1:] != self.image_shape:", "if False:"),
