@@ -221,7 +221,7 @@ def _probabilities(model: CapeModel, smooth: bool, images: Tensor) -> tuple[Tens
 def _example(model: nn.Module) -> Tensor:
     """Random images of the size that a model states somewhere, or of 224 x 224."""
     device, dtype = place_of(model)
-    channels, size = 3, None
+    size: Any = None
     for part in model.modules():
         config = getattr(part, "config", None)
         stated = [

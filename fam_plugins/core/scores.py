@@ -158,8 +158,7 @@ def score(
     """
     chosen = similarity if isinstance(similarity, Similarity) else as_similarity(similarity)
     frozen = ACTIVE.get()
-    if frozen is None or not frozen.traced:
-        check_embeddings(embeddings, width=references.shape[1])
+    check_embeddings(embeddings, width=references.shape[1])
     given = torch.promote_types(embeddings.dtype, references.dtype)
     wide = torch.promote_types(given, torch.float32)
     with full_precision(embeddings.device):
