@@ -10,27 +10,27 @@
   :func:`fam_plugins.quality.evaluate` measures maps on your own images and encoder;
   :mod:`fam_plugins.interop` fits evaluation harnesses and few-shot libraries.
 
-The two tools load on first use of their adapter; importing this package loads neither.
+Everything loads on first use; importing this package loads neither of the two tools, nor torch.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
-
-from fam_plugins.core.frozen_tail import frozen_tail
-from fam_plugins.core.references import gallery_mean, prototypes
-from fam_plugins.core.rules import Rule
-from fam_plugins.core.scores import frozen_scores
-from fam_plugins.core.similarity import Similarity
-from fam_plugins.core.similarity_model import SimilarityModel
-from fam_plugins.core.transforms import channels_last_to_map, infer_transform, tokens_to_map
-from fam_plugins.interop.easyfsl import from_easyfsl
-from fam_plugins.pair import PairExplanation, explain_pair
 
 if TYPE_CHECKING:
     from fam_plugins.captum import LayerCape, LayerFam
+    from fam_plugins.core.frozen_tail import frozen_tail
+    from fam_plugins.core.references import gallery_mean, prototypes
+    from fam_plugins.core.rules import Rule
+    from fam_plugins.core.scores import frozen_scores
+    from fam_plugins.core.similarity import Similarity
+    from fam_plugins.core.similarity_model import SimilarityModel
+    from fam_plugins.core.transforms import channels_last_to_map, infer_transform, tokens_to_map
     from fam_plugins.grad_cam import CAPE, FAM, SimilarityTarget
+    from fam_plugins.interop.easyfsl import from_easyfsl
+    from fam_plugins.pair import PairExplanation, explain_pair
 
 # Without the submodules: ``from fam_plugins import *`` must not rebind a user's ``captum``.
 __all__ = [
@@ -56,13 +56,27 @@ __all__ = [
 
 __version__ = "0.1.0"
 
+# Loaded on first use: a command that only has to say what is wrong must not wait for torch.
+_FOUND_IN = {
+    "captum": ("LayerCape", "LayerFam"),
+    "core.frozen_tail": ("frozen_tail",),
+    "core.references": ("gallery_mean", "prototypes"),
+    "core.rules": ("Rule",),
+    "core.scores": ("frozen_scores",),
+    "core.similarity": ("Similarity",),
+    "core.similarity_model": ("SimilarityModel",),
+    "core.transforms": ("channels_last_to_map", "infer_transform", "tokens_to_map"),
+    "grad_cam": ("CAPE", "FAM", "SimilarityTarget"),
+    "interop.easyfsl": ("from_easyfsl",),
+    "pair": ("PairExplanation", "explain_pair"),
+}
+
 
 def __getattr__(name: str) -> Any:
-    if name in ("LayerCape", "LayerFam"):
-        return getattr(import_module(f"{__name__}.captum"), name)
-    if name in ("CAPE", "FAM", "SimilarityTarget"):
-        return getattr(import_module(f"{__name__}.grad_cam"), name)
-    if name in ("cape", "captum", "grad_cam", "plots", "quality"):
+    for module, names in _FOUND_IN.items():
+        if name in names:
+            return globals().setdefault(name, getattr(import_module(f"{__name__}.{module}"), name))
+    if find_spec(f"{__name__}.{name}"):
         return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
