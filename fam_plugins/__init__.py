@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fam_plugins.captum import LayerCape, LayerFam
     from fam_plugins.core.frozen_tail import frozen_tail
+    from fam_plugins.core.images import load_images
     from fam_plugins.core.references import gallery_mean, prototypes
     from fam_plugins.core.rules import Rule
     from fam_plugins.core.scores import frozen_scores
@@ -29,13 +30,17 @@ if TYPE_CHECKING:
     from fam_plugins.core.similarity_model import SimilarityModel
     from fam_plugins.core.transforms import channels_last_to_map, infer_transform, tokens_to_map
     from fam_plugins.grad_cam import CAPE, FAM, SimilarityTarget
+    from fam_plugins.hits import HitsExplanation, explain_hits
     from fam_plugins.interop.easyfsl import from_easyfsl
     from fam_plugins.pair import PairExplanation, explain_pair
+    from fam_plugins.verification import Calibration, calibrate_threshold
 
 # Without the submodules: ``from fam_plugins import *`` must not rebind a user's ``captum``.
 __all__ = [
     "CAPE",
     "FAM",
+    "Calibration",
+    "HitsExplanation",
     "LayerCape",
     "LayerFam",
     "PairExplanation",
@@ -43,13 +48,16 @@ __all__ = [
     "Similarity",
     "SimilarityModel",
     "SimilarityTarget",
+    "calibrate_threshold",
     "channels_last_to_map",
+    "explain_hits",
     "explain_pair",
     "from_easyfsl",
     "frozen_scores",
     "frozen_tail",
     "gallery_mean",
     "infer_transform",
+    "load_images",
     "prototypes",
     "tokens_to_map",
 ]
@@ -60,6 +68,7 @@ __version__ = "0.1.0"
 _FOUND_IN = {
     "captum": ("LayerCape", "LayerFam"),
     "core.frozen_tail": ("frozen_tail",),
+    "core.images": ("load_images",),
     "core.references": ("gallery_mean", "prototypes"),
     "core.rules": ("Rule",),
     "core.scores": ("frozen_scores",),
@@ -67,8 +76,10 @@ _FOUND_IN = {
     "core.similarity_model": ("SimilarityModel",),
     "core.transforms": ("channels_last_to_map", "infer_transform", "tokens_to_map"),
     "grad_cam": ("CAPE", "FAM", "SimilarityTarget"),
+    "hits": ("HitsExplanation", "explain_hits"),
     "interop.easyfsl": ("from_easyfsl",),
     "pair": ("PairExplanation", "explain_pair"),
+    "verification": ("Calibration", "calibrate_threshold"),
 }
 
 
