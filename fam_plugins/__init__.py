@@ -64,29 +64,21 @@ __all__ = [
 
 __version__ = "0.1.0"
 
-# Loaded on first use: a command that only has to say what is wrong must not wait for torch.
-_FOUND_IN = {
-    "captum": ("LayerCape", "LayerFam"),
-    "core.frozen_tail": ("frozen_tail",),
-    "core.images": ("load_images",),
-    "core.references": ("gallery_mean", "prototypes"),
-    "core.rules": ("Rule",),
-    "core.scores": ("frozen_scores",),
-    "core.similarity": ("Similarity",),
-    "core.similarity_model": ("SimilarityModel",),
-    "core.transforms": ("channels_last_to_map", "infer_transform", "tokens_to_map"),
-    "grad_cam": ("CAPE", "FAM", "SimilarityTarget"),
-    "hits": ("HitsExplanation", "explain_hits"),
-    "interop.easyfsl": ("from_easyfsl",),
-    "pair": ("PairExplanation", "explain_pair"),
-    "verification": ("Calibration", "calibrate_threshold"),
-}
+# Loaded on first use: a command that only says what is wrong must not wait for torch.
+_HOMES = (
+    "core.frozen_tail", "core.images", "core.references", "core.rules", "core.scores",
+    "core.similarity_model", "core.transforms", "hits", "pair", "verification", "interop.easyfsl",
+)  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    for module, names in _FOUND_IN.items():
-        if name in names:
-            return globals().setdefault(name, getattr(import_module(f"{__name__}.{module}"), name))
+    if name in ("LayerCape", "LayerFam"):
+        return getattr(import_module(f"{__name__}.captum"), name)
+    if name in ("CAPE", "FAM", "SimilarityTarget"):
+        return getattr(import_module(f"{__name__}.grad_cam"), name)
+    if name in __all__:
+        homes = (vars(import_module(f"{__name__}.{home}")) for home in _HOMES)
+        return globals().setdefault(name, next(home[name] for home in homes if name in home))
     if find_spec(f"{__name__}.{name}"):
         return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
