@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from argparse import Namespace
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -106,10 +107,12 @@ class Run(Namespace):
         _, cuts = follow(self.encoder, names, partial(embed, self.encoder), images[:1])
         for layer, _, output, *_ in cuts:
             if layer is best or not re.search(r"\b\d+\.", names[layer]):  # inside no block
-                explainer = LayerFam(model, layer, rule="additive")
-                maps, scores, _ = explainer.attribute_references(images, return_scores=True)
-                shape, note = [*output.shape[1:]], "  <- recommended" * (layer is best)
-                print(f"{names[layer]:32} {shape!s:>16} {maps.sum() / scores.sum():7.0%}{note}")
+                share, note = "-", "  <- recommended" * (layer is best)
+                with suppress(ValueError):  # such as a layer of which only a class token is read
+                    explainer = LayerFam(model, layer, rule="additive")
+                    maps, scores, _ = explainer.attribute_references(images, return_scores=True)
+                    share = f"{float(maps.sum() / scores.sum()):.0%}"
+                print(f"{names[layer]:32} {[*output.shape[1:]]!s:>16} {share:>6}{note}")
 
     def _load(self, given: Any) -> Tensor:
         return at_home(load_images(given, self.transform), self.encoder, "images")

@@ -10,6 +10,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from fam_plugins.core.messages import unknown_name
@@ -19,7 +20,7 @@ __all__ = ["check_model", "load_encoder"]
 LIBRARIES = {  # module, where it says what models there are, what ends the name of one
     "torchvision": ("torchvision", "models/*.py", ":"),
     "timm": ("timm", "models/*.py", "."),
-    "hf": ("transformers", "nowhere", ":"),
+    "hf": ("transformers", "", ":"),
     "open_clip": ("open_clip", "model_configs/*.json", "/"),
 }
 
@@ -39,7 +40,8 @@ def check_model(spec: str, weights: str) -> None:
     if (found := find_spec(module)) is None:
         extra = module.replace("_", "-")
         raise ImportError(f"{module} is not installed: pip install 'fam-plugins[{extra}]'")
-    stem, files = name.partition(end)[0], [*Path(str(found.origin)).parent.glob(where)]
+    stem, home = name.partition(end)[0], Path(str(found.origin)).parent
+    files = [*home.glob(where)] if where else []
     entry = re.compile(r"^@register_model\b.*?^def (\w+)\(", re.S | re.M)
     names = [one for file in files for one in entry.findall(file.read_text("utf-8"))]
     names = sorted(names or [file.stem for file in files])
@@ -47,27 +49,30 @@ def check_model(spec: str, weights: str) -> None:
         raise ValueError(unknown_name(f"{kind} model", stem, names))
     if Path(name).is_dir() if kind == "hf" else weights != "default":
         return
-    host, cache = "huggingface.co", os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    place, kept = os.environ.get("HF_HOME") or f"{cache}/huggingface", "hub/*/snapshots/*/*model*"
+    user = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     if kind == "torchvision":
-        host, kept = "download.pytorch.org", "hub/checkpoints/*"
-        place = os.environ.get("TORCH_HOME") or f"{cache}/torch"
+        host, cache = "https://download.pytorch.org", os.environ.get("TORCH_HOME", f"{user}/torch")
+        kept = Path(cache).expanduser().glob("hub/checkpoints/*")
+    else:
+        host = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+        cache = os.environ.get("HF_HOME", f"{user}/huggingface")
+        cache = os.environ.get("HF_HUB_CACHE", f"{cache}/hub")
+        kept = Path(cache).expanduser().glob("*/snapshots/*/*model*")
+    url = urlsplit(host)
     try:
         if not getproxies():  # behind a proxy only the library can tell
-            socket.create_connection((host, 443), timeout=1).close()
+            socket.create_connection((url.hostname, url.port or 443), timeout=1).close()
     except OSError as error:
-        # Names of files differ from those of models in dots, lines and capitals.
         wanted = "openclip" if kind == "open_clip" else _plain(stem)
-        if not any(wanted in _plain(str(file)) for file in Path(place).expanduser().glob(kept)):
-            instead = "hf:FOLDER" if kind == "hf" else "--weights FILE (or none)"
-            raise ConnectionError(
-                f"cannot reach {host}, and {name} was not downloaded before: connect once, or "
-                f"pass {instead}"
-            ) from error
+        if not any(wanted in _plain(str(file)) for file in kept):
+            fix = "pass --weights FILE (or none)" if where else "check the name, or pass hf:FOLDER"
+            problem = f"cannot reach {url.hostname}, and {name} was not downloaded before"
+            raise ConnectionError(f"{problem}: connect once, or {fix}") from error
         os.environ["HF_HUB_OFFLINE"] = "1"  # or the hub would try for a minute
 
 
 def _plain(name: str) -> str:
+    # Names of models and of their files differ in dots, lines and capitals.
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
