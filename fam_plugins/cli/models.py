@@ -50,21 +50,20 @@ def check_model(spec: str, weights: str) -> None:
     if Path(name).is_dir() if kind == "hf" else weights != "default":
         return
     user = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    host, kept = os.environ.get("HF_ENDPOINT", "https://huggingface.co"), "*/snapshots/*/*model*"
+    cache = os.environ.get("HF_HOME", f"{user}/huggingface")
+    cache = os.environ.get("HF_HUB_CACHE", f"{cache}/hub")
     if kind == "torchvision":
-        host, cache = "https://download.pytorch.org", os.environ.get("TORCH_HOME", f"{user}/torch")
-        kept = Path(cache).expanduser().glob("hub/checkpoints/*")
-    else:
-        host = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-        cache = os.environ.get("HF_HOME", f"{user}/huggingface")
-        cache = os.environ.get("HF_HUB_CACHE", f"{cache}/hub")
-        kept = Path(cache).expanduser().glob("*/snapshots/*/*model*")
+        host, kept = "https://download.pytorch.org", "hub/checkpoints/*"
+        cache = os.environ.get("TORCH_HOME", f"{user}/torch")
     url = urlsplit(host)
     try:
         if not getproxies():  # behind a proxy only the library can tell
             socket.create_connection((url.hostname, url.port or 443), timeout=1).close()
     except OSError as error:
         wanted = "openclip" if kind == "open_clip" else _plain(stem)
-        if not any(wanted in _plain(str(file)) for file in kept):
+        files = Path(cache).expanduser().glob(kept)
+        if not any(wanted in _plain(str(file)) for file in files):
             fix = "pass --weights FILE (or none)" if where else "check the name, or pass hf:FOLDER"
             problem = f"cannot reach {url.hostname}, and {name} was not downloaded before"
             raise ConnectionError(f"{problem}: connect once, or {fix}") from error
