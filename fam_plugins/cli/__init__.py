@@ -76,52 +76,58 @@ def _folder(text: str) -> list[Path]:
 
 NAMES = "torchvision:NAME, timm:NAME, hf:NAME, open_clip:NAME/WEIGHTS or file.py:FUNCTION"
 FILE: dict[str, Any] = {"type": _picture, "metavar": "IMAGE"}
+FOLDER: dict[str, Any] = {"type": _folder, "metavar": "FOLDER"}
+RGB: dict[str, Any] = {"type": float, "nargs": 3, "metavar": ("R", "G", "B")}
 OPTIONS: dict[str, dict[str, Any]] = {
     "a": FILE,
     "b": FILE,
     "image": FILE | {"nargs": "+"},
     "sample": FILE | {"nargs": "*", "help": "by default scikit-learn's two photographs"},
-    "folder": {"type": _folder, "help": "pictures, at any depth"},
-    "labelled": {"type": Path, "help": "a folder with one folder of pictures per class"},
-    "model": {"help": NAMES},
+    "folder": FOLDER | {"help": "pictures, at any depth"},
+    "labelled": {"type": Path, "metavar": "FOLDER", "help": "has a folder of pictures per class"},
+    "model": {"metavar": "MODEL", "help": NAMES},
     "--reference": FILE | {"nargs": "+", "required": True, "help": "what to compare with"},
-    "--gallery": {"type": _folder, "help": "a folder; maps show what these pictures do not have"},
-    "--gallery!": {"type": _folder, "help": "the folder to search", "required": True},
+    "--gallery": FOLDER | {"help": "pictures; maps show what makes a match unlike these"},
+    "--gallery!": FOLDER | {"help": "the pictures to search", "required": True},
     "-k": {"type": int, "default": 5, "help": "how many hits (5)"},
-    "--contrast": {"choices": ["others", "gallery"], "help": "other references, or the gallery"},
-    "--model": {"default": "torchvision:resnet50", "metavar": "MODEL", "help": NAMES},
-    "--weights": {"default": "default", "help": "default, none (random) or a file, a state dict"},
-    "--mean": {"type": float, "nargs": 3, "help": "of the pixels the weights were trained on"},
-    "--std": {"type": float, "nargs": 3, "help": "the same"},
-    "--size": {"type": int, "help": "side of the square cut from a picture, in pixels"},
-    "--device": {"help": "cpu, cuda:1, ...; a GPU if there is one"},
+    "--contrast": {"choices": ["others", "gallery"], "help": "unlike the others, or the gallery?"},
+    "--model": {
+        "default": "torchvision:resnet50",
+        "help": f"{NAMES}; by default torchvision:resnet50",
+    },
+    "--weights": {"default": "default", "help": "default, none (random), or a file: a state dict"},
+    "--mean": RGB | {"help": "of the pixels that the weights were trained on, in 0 to 1"},
+    "--std": RGB | {"help": "their standard deviation"},
+    "--size": {"type": int, "metavar": "PIXELS", "help": "side of the square cut from a picture"},
+    "--device": {"help": "cpu, cuda:1, ...; by default a GPU if there is one"},
     "--traceback": {"action": "store_true", "help": "show where an error comes from"},
-    "--layer": {"help": "which to explain; found if left out"},
-    "--rule": {"default": "centred", "choices": ["centred", "additive", "gradcam", "fam"]},
-    "--smooth": {"action": BooleanOptionalAction, "default": True, "help": "steadier maps"},
+    "--layer": {"metavar": "NAME", "help": "the layer to explain; found if left out"},
+    "--rule": {"choices": ["centred", "additive", "gradcam", "fam"], "help": "(centred)"},
+    "--smooth": {"action": BooleanOptionalAction, "help": "steadier maps (yes)"},
     "--out": {"type": Path, "help": "the file or folder to write"},
 }
-COMMANDS = {  # what it does, its own options, what it writes
-    "pair": ("what makes two pictures alike, in both", "a b --gallery", "pair.png"),
-    "map": (
-        "what makes pictures like references",
-        "image --reference --contrast --gallery",
-        "map.png",
-    ),
-    "search": ("the nearest of a gallery, and why", "image --gallery! -k", "search"),
-    "dataset": ("maps of a folder, in Parquet", "folder --reference --contrast --gallery", "maps"),
-    "quality": ("how good maps are, against Grad-CAM", "labelled --contrast", "quality.png"),
-    "layers": ("what there is to explain", "model sample", ""),
+MODEL = "--weights --mean --std --size --device --traceback --layer"
+MANY, LOOK = "--gallery --contrast", "--model --rule --smooth --out"
+COMMANDS = {  # what it shows, its options, what it writes
+    "pair": ("what in two pictures makes them alike", f"a b --gallery {LOOK}", "pair.png"),
+    "map": ("what makes pictures like references", f"image --reference {MANY} {LOOK}", "map.png"),
+    "search": ("the nearest of a gallery, and why", f"image --gallery! -k {LOOK}", "search"),
+    "dataset": ("maps of a folder, as Parquet", f"folder --reference {MANY} {LOOK}", "maps"),
+    "quality": ("how good maps are", f"labelled --contrast {LOOK}", "quality.png"),
+    "layers": ("the layers, and what each carries of a score", "model sample", ""),
 }
 
 
 def _parser() -> ArgumentParser:
-    parser = _Parser("fam-plugins", description="What makes pictures alike, for any encoder.")
+    parser = _Parser(
+        "fam-plugins",
+        description="Which parts of pictures make them alike, for any encoder of pictures?",
+        epilog="For example: fam-plugins pair a.jpg b.jpg --model timm:resnet50",
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (text, own, out) in COMMANDS.items():
-        command = commands.add_parser(name, help=text, description=f"Show {text}.")
-        for option in [*own.split(), *list(OPTIONS)[list(OPTIONS).index("--model") :]]:
-            if option != "--model" or name != "layers":
-                command.add_argument(option.rstrip("!"), **OPTIONS[option])
-        command.set_defaults(out=Path(out))
+    for name, (text, options, out) in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=f"Shows {text}.")
+        for option in f"{options} {MODEL}".split():
+            command.add_argument(option.rstrip("!"), **OPTIONS[option])
+        command.set_defaults(out=Path(out), rule="centred", smooth=True)
     return parser

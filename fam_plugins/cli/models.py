@@ -50,7 +50,8 @@ def check_model(spec: str, weights: str) -> None:
     if Path(name).is_dir() if kind == "hf" else weights != "default":
         return
     user = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    host, kept = os.environ.get("HF_ENDPOINT", "https://huggingface.co"), "*/snapshots/*/*model*"
+    host = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    kept = "*/snapshots/*/*model*"
     cache = os.environ.get("HF_HOME", f"{user}/huggingface")
     cache = os.environ.get("HF_HUB_CACHE", f"{cache}/hub")
     if kind == "torchvision":
@@ -62,8 +63,8 @@ def check_model(spec: str, weights: str) -> None:
             socket.create_connection((url.hostname, url.port or 443), timeout=1).close()
     except OSError as error:
         wanted = "openclip" if kind == "open_clip" else _plain(stem)
-        files = Path(cache).expanduser().glob(kept)
-        if not any(wanted in _plain(str(file)) for file in files):
+        downloads = Path(cache).expanduser().glob(kept)
+        if not any(wanted in _plain(str(file)) for file in downloads):
             fix = "pass --weights FILE (or none)" if where else "check the name, or pass hf:FOLDER"
             problem = f"cannot reach {url.hostname}, and {name} was not downloaded before"
             raise ConnectionError(f"{problem}: connect once, or {fix}") from error
@@ -104,11 +105,12 @@ def load_encoder(
     elif kind == "hf":
         hf = import_module("transformers")
         transform = hf.AutoImageProcessor.from_pretrained(name)
-        encoder = hf.AutoModel.from_config(hf.AutoConfig.from_pretrained(name))
         if default:
             encoder, told = hf.AutoModel.from_pretrained(name, output_loading_info=True)
             if lacks := sorted(told["missing_keys"]):
                 raise ValueError(f"{name} has no weights of {lacks[0]}: pass path.py:factory")
+        else:
+            encoder = hf.AutoModel.from_config(hf.AutoConfig.from_pretrained(name))
     elif kind == "open_clip":
         clip, (stem, _, tag) = import_module("open_clip"), name.partition("/")
         tags = clip.list_pretrained_tags_by_model(stem)
