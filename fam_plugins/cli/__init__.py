@@ -106,8 +106,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--smooth": {"action": BooleanOptionalAction, "help": "steadier maps (yes)"},
     "--out": {"type": Path, "help": "the file or folder to write"},
 }
-MODEL = "--weights --mean --std --size --device --traceback --layer"
-MANY, LOOK = "--gallery --contrast", "--model --rule --smooth --out"
+MODEL = "--weights --mean --std --size --device --traceback"
+MANY, LOOK = "--gallery --contrast", "--model --layer --rule --smooth --out"
 COMMANDS = {  # what it shows, its options, what it writes
     "pair": ("what in two pictures makes them alike", f"a b --gallery {LOOK}", "pair.png"),
     "map": ("what makes pictures like references", f"image --reference {MANY} {LOOK}", "map.png"),
@@ -129,5 +129,5 @@ def _parser() -> ArgumentParser:
         command = commands.add_parser(name, help=text, description=f"Shows {text}.")
         for option in f"{options} {MODEL}".split():
             command.add_argument(option.rstrip("!"), **OPTIONS[option])
-        command.set_defaults(out=Path(out), rule="centred", smooth=True)
+        command.set_defaults(out=Path(out), layer=None, rule="centred", smooth=True)
     return parser

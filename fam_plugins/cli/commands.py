@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from argparse import Namespace
@@ -22,7 +23,7 @@ from fam_plugins.cli.sheet import contact_sheet
 from fam_plugins.core.choose_layer import choose_layer, follow
 from fam_plugins.core.images import load_images
 from fam_plugins.core.messages import with_progress
-from fam_plugins.core.references import at_home, embed_once
+from fam_plugins.core.references import at_home
 from fam_plugins.core.scores import embed
 from fam_plugins.dataset import explain_dataset
 from fam_plugins.plots import plot_episode, plot_pair
@@ -65,20 +66,22 @@ class Run(Namespace):
         """The nearest pictures of a gallery: a picture for each query, and a page of all."""
         model, sheet = SimilarityModel(self.encoder, self._embed(self.gallery)), list[Any]()
         self.options |= {"contrast": gallery_mean(model.references), "transform": self.transform}
+        root = os.path.commonpath([file.parent for file in self.gallery])
         for number, query in enumerate(self.image, 1):
             ranked = [self.gallery[row] for row in model(self._load(query))[0].argsort().flip(0)]
             hits = [file for file in ranked if not file.samefile(query)][: max(self.k, 0)]
             if not hits:
                 raise ValueError("no hits: the gallery holds the query alone, or -k is below 1")
             found = explain_hits(self.encoder, self.layer, query, hits, **self.options)
-            self._write(found.plot(), self.out / f"{number}-{query.stem}.png")
-            one, cards = found.source, list[Any]()
-            sides = one.b, found.query_maps, found.hit_maps, found.scores, hits
-            for image, in_query, in_hit, score, hit in zip(*sides, strict=True):
-                told = {"titles": (query.name, hit.name), "rule": self.rule} | one.undo
+            names, one = [os.path.relpath(hit, root) for hit in hits], found.source
+            file = self.out / f"{number}-{query.stem}.png"
+            self._write(found.plot(captions=names), file)
+            sheet.append((query.name, []))
+            sides = names, one.b, found.query_maps, found.hit_maps, found.scores
+            for name, image, in_query, in_hit, score in zip(*sides, strict=True):
+                told = {"titles": (query.name, name), "rule": self.rule} | one.undo
                 figure = plot_pair(one.a[0], image, in_query, in_hit, **told)
-                cards.append((hit.name, float(score), figure._repr_png_()))
-            sheet.append((query.name, cards))
+                sheet[-1][1].append((name, float(score), figure._repr_png_()))
         weights = RANDOM if self.weights == "none" else f"weights {self.weights}"
         page = contact_sheet(sheet, f"{self.model}, {weights}, rule {self.rule}")
         self._write(page, self.out / "index.html")
@@ -92,7 +95,8 @@ class Run(Namespace):
     def quality(self) -> None:
         """How good maps are on labelled pictures, beside Grad-CAM's."""
         data = ImageFolder(self.labelled, lambda image: self._load(image)[0].cpu())
-        layer, methods = self._layer(data[0][0][None]), {self.rule: self.rule, "GradCAM": GradCAM}
+        layer = self._layer(self._load(data.imgs[0][0]))
+        methods = {self.rule: self.rule, "GradCAM": GradCAM}
         options = {"contrast": self.contrast or "others", "smooth": self.smooth}
         found = evaluate(methods, self.encoder, layer, data, **options)
         print(found)
@@ -119,7 +123,8 @@ class Run(Namespace):
 
     def _embed(self, files: list[Path]) -> Tensor:
         parts = with_progress([files[at : at + 32] for at in range(0, len(files), 32)], "embedding")
-        return torch.cat([embed_once(self.encoder, self._load(some), "pictures") for some in parts])
+        with torch.no_grad():
+            return torch.cat([embed(self.encoder, self._load(some)) for some in parts])
 
     def _layer(self, images: Tensor) -> Any:
         return choose_layer(self.encoder, self.layer, partial(embed, self.encoder), images[:1])

@@ -127,14 +127,26 @@ def test_search_ranks_leaves_out_the_query_and_explains_both_sides(run, photos, 
     (given, told) = drawn["plot_retrieval"][0]
     torch.testing.assert_close(given[2], expected.query_maps)
     torch.testing.assert_close(given[3], expected.hit_maps)
-    assert told["captions"] == [file.name for file in ranked[1:4]]
+    names = [file.relative_to(photos).as_posix() for file in ranked[1:4]]
+    assert told["captions"] == names
     with open("search/index.html", encoding="utf-8") as file:
         page = file.read()
     alts = re.findall('alt="(.*?)"', page)
     assert len(alts) == 6
     score = float(expected.scores[0])
-    assert alts[0] == f"hit 1. {ranked[1].name}, score {score:.3f}, for the query red0.png"
+    assert alts[0] == f"hit 1. {names[0]}, score {score:.3f}, for the query red0.png"
     assert page.count("data:image/png;base64,") == 6
+
+
+def test_a_picture_named_like_a_script(run, photos, tmp_path):
+    evil = tmp_path / "<img src=x onerror=alert(1)>.png"
+    evil.write_bytes((photos.parent / "red4.png").read_bytes())
+    out = run("search", evil, "--gallery", photos, "-k", "1")
+    assert out.splitlines() == [f"search/1-{evil.name}", "search/index.html"]
+    with open("search/index.html", encoding="utf-8") as file:
+        page = file.read()
+    assert "&lt;img src=x onerror=alert(1)&gt;.png" in page
+    assert "<img src=x" not in page
 
 
 def test_a_gallery_of_the_query_alone_has_no_hits(run, photos, model, capsys, tmp_path):
