@@ -20,6 +20,10 @@ def small():
 
 def bare():
     return small()[0]
+
+def nested():
+    inner = [nn.Sequential(nn.Conv2d(c, 6, 3), nn.ReLU()) for c in (3, 6)]
+    return nn.Sequential(*inner, nn.AdaptiveAvgPool2d(1), nn.Flatten()), small()[1]
 """
 
 

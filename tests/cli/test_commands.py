@@ -129,6 +129,10 @@ def test_search_ranks_leaves_out_the_query_and_explains_both_sides(run, photos, 
     torch.testing.assert_close(given[3], expected.hit_maps)
     names = [file.relative_to(photos).as_posix() for file in ranked[1:4]]
     assert told["captions"] == names
+    for row, ((_, _, in_query, in_hit), told) in enumerate(drawn["plot_pair"][:3]):
+        torch.testing.assert_close(in_query, expected.query_maps[row])
+        torch.testing.assert_close(in_hit, expected.hit_maps[row])
+        assert told["titles"] == ("red0.png", names[row])
     with open("search/index.html", encoding="utf-8") as file:
         page = file.read()
     alts = re.findall('alt="(.*?)"', page)
@@ -206,6 +210,12 @@ def test_layers(run, model, photos, encoder):
     maps, scores, _ = explainer.attribute_references(images, return_scores=True)
     assert rows[0][4] == f"{float(maps.sum() / scores.sum()):.0%}"
     assert "recommended" not in rows[0]
+
+
+def test_layers_inside_blocks_are_left_out(run, model, photos):
+    red = photos.parent / "red4.png"
+    rows = [line.split()[0] for line in run("layers", f"{model[1][:-5]}nested", red).splitlines()]
+    assert rows == ["0", "1"]
 
 
 def test_layers_of_a_class_token_with_sample_photographs(capsys, tmp_path):
