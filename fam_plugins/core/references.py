@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fam_plugins.core.contrast import GalleryMean, check_averages, mean_of, reduced
-from fam_plugins.core.encoders import pixels_of
-from fam_plugins.core.eval_mode import check_module, eval_mode, place_of
+from fam_plugins.core.encoders import as_encoder, pixels_of
+from fam_plugins.core.eval_mode import eval_mode, place_of
 from fam_plugins.core.gallery import Gallery, is_on_disk
 from fam_plugins.core.messages import with_progress
 from fam_plugins.core.scores import check_embeddings, check_floats, embed
@@ -112,7 +112,7 @@ def gallery_mean(
     is for a gallery that is embedded already.
 
     Args:
-        encoder: Images ``[B, ...]`` -> embeddings ``[B, D]``; run in eval mode, without gradient.
+        encoder: As for :class:`~fam_plugins.SimilarityModel`; run in eval mode, without gradient.
             Its training mode is then restored.
         loader: Batches of images, or tuples or lists whose first entry are the images, such as a
             :class:`torch.utils.data.DataLoader` gives. Batches are moved to the encoder's device
@@ -135,10 +135,10 @@ def gallery_mean(
     chosen = as_similarity(similarity)
     check_averages(chosen)
     if loader is None:
-        if isinstance(encoder, nn.Module):
+        if isinstance(encoder, (nn.Module, Mapping)):
             raise TypeError("there is no gallery: pass gallery_mean(encoder, loader)")
         encoder, loader = nn.Identity(), encoder
-    check_module(encoder, "encoder")
+    encoder = as_encoder(encoder)
     with eval_mode(encoder):
         return mean_of(chosen, _gallery(encoder, loader))
 

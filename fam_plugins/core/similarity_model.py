@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from fam_plugins.core.captions import Template, embed_captions
 from fam_plugins.core.contrast import Contrast, GalleryMean, mean_of
-from fam_plugins.core.encoders import Output, image_call
-from fam_plugins.core.eval_mode import check_module
+from fam_plugins.core.encoders import Output, as_encoder, pick_embeddings
 from fam_plugins.core.gallery import Gallery, is_on_disk
 from fam_plugins.core.messages import unknown_name
 from fam_plugins.core.references import (
@@ -40,9 +39,10 @@ class SimilarityModel(nn.Module):
     ``copy.deepcopy`` carry them.
 
     Args:
-        encoder: Images ``[B, ...]`` -> embeddings ``[B, D]``: any such module, or a model of
-            transformers or open_clip as it is, of which the image tower is called. It is used, not
-            copied, and its layers keep their names.
+        encoder: Images ``[B, ...]`` -> embeddings ``[B, D]``: any such module; a model of
+            transformers or open_clip, whose image tower is called; pytorch-metric-learning's
+            InferenceModel or ``{"trunk": ..., "embedder": ...}``. Used, not copied; layers keep
+            their names.
         references: Embeddings ``[N, D]``, or images ``[N, C, H, W]`` or an image processor's output
             (``pixel_values``), which are embedded once, in eval mode, without gradient. A
             memory-mapped array (``np.load(..., mmap_mode="r")``) of any size stays on disk: scoring
@@ -95,7 +95,7 @@ class SimilarityModel(nn.Module):
 
     def __init__(
         self,
-        encoder: nn.Module,
+        encoder: Any,
         references: Tensor | Mapping[str, Any],
         *,
         similarity: str | Similarity | Callable[..., Tensor] = "cosine",
@@ -106,8 +106,7 @@ class SimilarityModel(nn.Module):
         forward_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        check_module(encoder, "encoder")
-        image_call(encoder)
+        encoder = as_encoder(encoder)
         self._reading: dict[str, Any] = {"output": output, "forward_kwargs": forward_kwargs}
         chosen = as_similarity(similarity)
         if isinstance(contrast, str) and contrast != "others":
@@ -156,7 +155,7 @@ class SimilarityModel(nn.Module):
     @classmethod
     def from_support(
         cls,
-        encoder: nn.Module,
+        encoder: Any,
         images: Tensor | Mapping[str, Any],
         labels: Sequence[Hashable] | Tensor,
         *,
@@ -188,7 +187,7 @@ class SimilarityModel(nn.Module):
             (('a', 'b'), torch.Size([2, 3]))
         """
         as_similarity(similarity)
-        check_module(encoder, "encoder")
+        encoder = as_encoder(encoder)
         given = tensors_of(images, "supports")[0]
         names = listed(labels, len(given) if given.dim() else 0)
         supports = embed_once(encoder, images, "supports", chunk_size, **reading)
