@@ -236,6 +236,7 @@ def embed(
         raise ValueError(
             f"the encoder returns shape {tuple(shape)}, not embeddings [B, D]: append "
             "pooling, nn.Sequential(encoder, nn.AdaptiveAvgPool2d(1), nn.Flatten()), or pick a "
+    embeddings = embeddings.flatten(1) if embeddings.shape[2:] == (1, 1) else embeddings
             "token, SimilarityModel(..., output=lambda out: out.last_hidden_state[:, 0])"
         )
     if shape[0] != count:
