@@ -189,7 +189,20 @@ GALLERY_MEAN = [
     refused("a picture", mean([PICTURE]), TypeError, "it must give image tensors"),
     refused("a path", mean("gallery/"), TypeError, "pass a DataLoader"),
     refused("paths", mean(["a.png"]), TypeError, "it must give image tensors"),
-    refused("dicts", mean([{"image": X}]), TypeError, "batch['image'] for batch in loader"),
+    *(works(f"dicts, {k}", mean([{k: X}])) for k in ("image", "images", "img", "pixel_values")),
+    works("dicts and labels", mean([{"image": X, "label": torch.arange(3), "path": "a.png"}])),
+    works("dicts in tuples", mean([({"pixel_values": X}, torch.arange(3))])),
+    refused("dicts of no image", mean([{"x": X}]), TypeError, "a dict of 'x': it must give image"),
+    refused(
+        "dicts of two", mean([{"image": X, "img": X}]), TypeError, "a dict of 'image', 'img': it"
+    ),
+    refused(
+        "dicts of two labels",
+        mean([{"image": X, "label": 1, "target": 1}]),
+        TypeError,
+        "at most one of ('label', 'labels', 'target')",
+    ),
+    refused("dicts of paths", mean([{"image": ["a.png"]}]), TypeError, "a dict of 'image'"),
     refused("None", mean(None), TypeError, "pass gallery_mean(encoder, loader)"),
     refused("one embedding", mean(ROWS[0]), ValueError, "x[None]"),
     refused("no embeddings", mean(ROWS[:0]), ValueError, "at least one"),
