@@ -32,7 +32,7 @@ _NAMES = ("image", "images", "img", "pixel_values"), ("label", "labels", "target
 
 def prototypes(
     embeddings: Tensor,
-    labels: Iterable[Hashable] | Tensor,
+    labels: Iterable[Hashable] | Tensor | None = None,
     similarity: str | Similarity | Callable[..., Tensor] = "cosine",
 ) -> Tensor:
     """Average the supports of each class into one reference.
@@ -42,7 +42,7 @@ def prototypes(
     1703.05175).
 
     Args:
-        embeddings: Supports ``[S, D]``.
+        embeddings: Supports ``[S, D]``; or ``[N, K, D]``, ``K`` of each class, without labels.
         labels: One label each; any hashable values, not necessarily 0, 1, 2.
         similarity: The similarity they will be used with.
 
@@ -60,10 +60,13 @@ def prototypes(
     """
     chosen = as_similarity(similarity)
     check_floats(embeddings, "supports")
+    if labels is None and embeddings.dim() == 3:
+        labels = np.arange(len(embeddings)).repeat(embeddings.shape[1])
+        embeddings = embeddings.flatten(0, 1)
     if embeddings.dim() != 2 or len(embeddings) == 0:
-        shape = tuple(embeddings.shape)
-        raise ValueError(f"supports must be a tensor [S, D] with at least one row, not {shape}")
-    names = listed(labels, len(embeddings))
+        hint = f"of at least one row, or [N, K, D] without labels, not {tuple(embeddings.shape)}"
+        raise ValueError(f"supports must be a tensor [S, D] {hint}")
+    names = listed(() if labels is None else labels, len(embeddings))
     supports = embeddings.detach()
     check_embeddings(supports, what="support")
     if chosen.scale_free:
@@ -266,4 +269,4 @@ def batch_parts(batch: Any, where: str = "the loader") -> tuple[Any, ...]:
             f"{where} gives {found}: it must give image tensors, tuples that start with one, or "
             f"dicts with one of {_NAMES[0]} and at most one of {_NAMES[1]}"
         )
-    return first
+    return (images, *rest)

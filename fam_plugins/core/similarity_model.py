@@ -22,7 +22,7 @@ from fam_plugins.core.references import (
     tensors_of,
     unique_labels,
 )
-from fam_plugins.core.scores import embed, score, subtract_others
+from fam_plugins.core.scores import embed, score, subtract_others, takes_images_only
 from fam_plugins.core.similarity import Similarity, as_similarity
 
 __all__ = ["ModelScores", "SimilarityModel"]
@@ -44,10 +44,10 @@ class SimilarityModel(nn.Module):
             InferenceModel or ``{"trunk": ..., "embedder": ...}``. Used, not copied; layers keep
             their names.
         references: Embeddings ``[N, D]``, or images ``[N, C, H, W]`` or an image processor's output
-            (``pixel_values``), which are embedded once, in eval mode, without gradient. A
-            memory-mapped array (``np.load(..., mmap_mode="r")``) of any size stays on disk: scoring
-            reads it in parts, explaining chosen references reads only their rows, and
-            ``state_dict`` does not carry it.
+            (``pixel_values``), embedded once, in eval mode, without gradient; of an encoder of
+            images also supports ``[N, K, C, H, W]``, averaged to prototypes. A memory-mapped array
+            (``np.load(..., mmap_mode="r")``) of any size stays on disk: scoring reads it in parts,
+            explaining chosen references reads only their rows, ``state_dict`` does not carry it.
         similarity: ``"cosine"``, ``"dot"``, ``"euclidean"`` (negative squared distance), a distance
             of pytorch-metric-learning, or a function ``f(embeddings, references) -> [B, N]`` of
             your own. A function is explained through its true gradient: its maps are first-order
@@ -121,7 +121,10 @@ class SimilarityModel(nn.Module):
         if labels is not None:
             labels = tuple(listed(labels, rows.shape[0] if rows.shape else 0, "references"))
         if not on_disk:
-            rows = embed_once(encoder, references, "references", chunk_size, **self._reading)
+            shots = rows.shape[:2] if rows.dim() == 5 and takes_images_only(encoder) else None
+            given = rows.flatten(0, 1) if shots else references
+            rows = embed_once(encoder, given, "references", chunk_size, **self._reading)
+            rows = prototypes(rows.unflatten(0, shots), similarity=chosen) if shots else rows
         against: Tensor | GalleryMean | None = None
         if isinstance(contrast, str):
             if len(rows) < 2:
