@@ -404,6 +404,9 @@ class ModelScores:
         self.forward = forward_func
         self._pick = pick
         kind: Any = type(forward_func)
+        if hasattr(forward_func, "main_input_name"):  # of transformers: its logits or embeddings
+            call: Any = getattr(forward_func, "get_image_features", forward_func)
+            self.forward = lambda *x: pick_embeddings(getattr(out := call(*x), "logits", out))
         # A subclass with a forward of its own may do anything with the scores.
         if isinstance(forward_func, SimilarityModel) and kind.forward is SimilarityModel.forward:
             self.model = forward_func
