@@ -97,7 +97,7 @@ PAIR = [
     late("NaN", pair(X * torch.nan), ValueError, "check the images"),
     late("infinity", pair(b=X / 0), ValueError, "check the"),
     refused("layer misspelt", pair(layer="featurs"), ValueError, "did you mean 'features'"),
-    refused("layers in a list", pair(layer=["last"]), TypeError, "not a list"),
+    refused("layers in a list", pair(layer=["last"]), TypeError, "not a list: explain several"),
     refused("a class of layers", pair(layer=nn.ReLU), TypeError, "model.layer4"),
     refused("an index", pair(layer=-1), TypeError, "model.layer4"),
     works("layer None", pair(layer=None)),
