@@ -137,6 +137,7 @@ def test_modes_stay_each_part_its_own():
     model = SimilarityModel(models, IMAGES[:2])
     assert model.training
     assert model.encoder.training
+    assert not any(part.training for part in SimilarityModel(parts(), IMAGES[:2]).modules())
     LayerFam(model, "encoder.trunk.last", rule="centred").attribute(IMAGES, 1)
     explain_pair(models, "trunk.last", IMAGES[:1], IMAGES[1:2])
     for part, state in zip(models.values(), before, strict=True):

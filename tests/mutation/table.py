@@ -321,7 +321,7 @@ ENCODERS = [
     ),
     *of(
         "core/references.py",
-        "hostile/test_pair.py cape/test_batches.py",
+        "core/test_contrast.py cape/test_batches.py",
         ("len(pixels) == 1 and len(labels) < 2", "pixels"),
         ("len(pixels) == 1 and len(labels) < 2", "len(pixels) == 1"),
         ("*(images[name] for name in labels), *rest", "*rest"),
