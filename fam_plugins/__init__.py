@@ -19,14 +19,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from fam_plugins.core.frozen_tail import frozen_tail
+from fam_plugins.core.images import load_images
 from fam_plugins.core.references import gallery_mean, prototypes
 from fam_plugins.core.rules import Rule
 from fam_plugins.core.scores import frozen_scores
 from fam_plugins.core.similarity import Similarity
 from fam_plugins.core.similarity_model import SimilarityModel
 from fam_plugins.core.transforms import channels_last_to_map, infer_transform, tokens_to_map
+from fam_plugins.hits import HitsExplanation, explain_hits
 from fam_plugins.interop.easyfsl import from_easyfsl
 from fam_plugins.pair import PairExplanation, explain_pair
+from fam_plugins.verification import Calibration, calibrate_threshold
 
 if TYPE_CHECKING:
     from fam_plugins.captum import LayerCape, LayerFam
@@ -36,6 +39,8 @@ if TYPE_CHECKING:
 __all__ = [
     "CAPE",
     "FAM",
+    "Calibration",
+    "HitsExplanation",
     "LayerCape",
     "LayerFam",
     "PairExplanation",
@@ -43,13 +48,16 @@ __all__ = [
     "Similarity",
     "SimilarityModel",
     "SimilarityTarget",
+    "calibrate_threshold",
     "channels_last_to_map",
+    "explain_hits",
     "explain_pair",
     "from_easyfsl",
     "frozen_scores",
     "frozen_tail",
     "gallery_mean",
     "infer_transform",
+    "load_images",
     "prototypes",
     "tokens_to_map",
 ]

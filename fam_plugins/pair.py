@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from torch import Tensor, nn
 
-from fam_plugins.core.choose_layer import choose_layer
-from fam_plugins.core.contrast import Contrast, GalleryMean, reduced
-from fam_plugins.core.decompose import region_sum, warn_of_coverage
-from fam_plugins.core.eval_mode import eval_mode
-from fam_plugins.core.joint import LinearTail, joint_shares
-from fam_plugins.core.maps import MapPass, check_tail
-from fam_plugins.core.messages import warn_once
-from fam_plugins.core.references import embed_contrast
-from fam_plugins.core.rules import RULES, Rule, find_rule
-from fam_plugins.core.scores import check_embeddings, check_floats, embed, score
+from fam_plugins.core.joint import joint_shares
+from fam_plugins.core.rules import Rule, find_rule
+from fam_plugins.core.side import Source, apart, comparison, pairwise
 from fam_plugins.core.similarity import Similarity, as_similarity
-from fam_plugins.core.transforms import Transform, check_transform
+from fam_plugins.core.transforms import Transform
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["PairExplanation", "explain_pair"]
 
@@ -43,6 +37,7 @@ class PairExplanation:
         joint: ``[B, Ra + 1, Rb + 1]``: the score by regions of ``a`` times regions of ``b``, both
             row by row. The last row and column hold the constants (biases of a head), zero where
             there are none. ``None`` unless asked for.
+        source: The images, their names and how they were normalised, for :meth:`plot`.
     """
 
     map_a: Tensor
@@ -53,17 +48,121 @@ class PairExplanation:
     delta_a: Tensor | None = None
     delta_b: Tensor | None = None
     joint: Tensor | None = None
+    source: Source = field(kw_only=True, repr=False, compare=False)
+
+    def plot(self, index: int | None = None, **options: Any) -> Figure:
+        """Show both images of a pair, and what in each of them makes it like the other.
+
+        Args:
+            index: Which pair, where there are several.
+            options: Of :func:`~fam_plugins.plots.plot_pair`, such as ``titles=``, or ``mean=`` and
+                ``std=`` of tensors that were normalised without a ``transform=``.
+
+        Returns:
+            The figure, which shows itself at the end of a notebook's cell; or
+            ``.savefig("pair.png")``.
+
+        Raises:
+            ImportError: If matplotlib is not installed.
+            ValueError: If there are several pairs and no index, and as for the function.
+        """
+        from fam_plugins.plots import plot_pair
+
+        i = self._row(index)
+        own: dict[str, Any] = {"score": self.score[i], "rule": self.source.rule}
+        options = own | self._shown(i) | options
+        return plot_pair(
+            self.source.a[i], self.source.b[i], self.map_a[i], self.map_b[i], **options
+        )
+
+    def plot_matches(self, index: int | None = None, **options: Any) -> Figure:
+        """Join the pairs of regions that raise the score most; needs ``joint=True``.
+
+        Args:
+            index: Which pair, where there are several.
+            options: Of :func:`~fam_plugins.plots.plot_matches`, such as ``top=``.
+
+        Returns:
+            The figure.
+
+        Raises:
+            ImportError: If matplotlib is not installed.
+            ValueError: Without ``joint``, if there are several pairs and no index, and as for the
+                function.
+        """
+        from fam_plugins.plots import plot_matches
+
+        if self.joint is None:
+            raise ValueError("matches are read off the joint matrix: explain_pair(..., joint=True)")
+        i = self._row(index)
+        grids = {"grid_a": self.map_a.shape[2:], "grid_b": self.map_b.shape[2:]}
+        options = grids | self._shown(i) | options
+        return plot_matches(self.source.a[i], self.source.b[i], self.joint[i], **options)
+
+    def same(self, threshold: float) -> Tensor:
+        """Whether the images of each pair are taken to show the same, ``[B]``: score >= threshold.
+
+        :func:`~fam_plugins.calibrate_threshold` finds a threshold from pairs that are known.
+        """
+        return self.score >= threshold
+
+    def margin(self, threshold: float) -> PairExplanation:
+        """The same for the margin, score minus threshold: its maps sum to it, in either image.
+
+        What belongs to no region (the threshold, constants, a contrast) is shared out evenly, so
+        that positive regions speak for "the same" and negative ones against it.
+
+        Args:
+            threshold: In the unit of the score.
+
+        Returns:
+            The margins as ``score``, and their maps; :meth:`plot` draws them.
+
+        Raises:
+            ValueError: If the maps are no shares of the score, as those of ``"fam"``.
+        """
+        rule = self.source.rule
+        if not (rule.adds_up or rule.centred):
+            raise ValueError(
+                f'maps of rule "{rule.name}" are no shares of the score, so none of its margin: '
+                'use rule="additive"'
+            )
+        margins = self.score - threshold
+
+        def shifted(maps: Tensor) -> Tensor:
+            missing = margins - maps.sum(dim=(1, 2, 3))
+            return maps + missing[:, None, None, None] / maps[0].numel()
+
+        unit = replace(rule, unit="share of the margin", adds_up=True)
+        return PairExplanation(
+            shifted(self.map_a),
+            shifted(self.map_b),
+            margins,
+            source=replace(self.source, rule=unit),
+        )
+
+    def _row(self, index: int | None) -> int:
+        if index is None and len(self.score) > 1:
+            raise ValueError(f"there are {len(self.score)} pairs: say which, plot(0)")
+        return index or 0
+
+    def _shown(self, index: int) -> dict[str, Any]:
+        """Options of plots: names, and the normalisation to undo."""
+        sides = zip(("a", "b"), self.source.names, strict=True)
+        titles = tuple(name if names is None else names[index] for name, names in sides)
+        return {"titles": titles} | self.source.undo
 
 
 def explain_pair(
     encoder: nn.Module,
     layer: nn.Module | str | None,
-    a: Tensor,
-    b: Tensor,
+    a: Any,
+    b: Any,
     *,
+    transform: Any = None,
     similarity: str | Similarity | Callable[..., Tensor] = "cosine",
     rule: str | Rule = "additive",
-    contrast: Tensor | GalleryMean | None = None,
+    contrast: Any = None,
     difference: bool = False,
     embedding: Literal["model", "pooled"] = "model",
     reshape_transform: Transform | str | None = "auto",
@@ -87,17 +186,21 @@ def explain_pair(
             is then restored.
         layer: The layer whose output ``[B, C, h, w]`` is explained, or its name; ``"patches"``, or
             ``None`` to have it found, as in :class:`~fam_plugins.LayerFam`.
-        a: Images ``[B, C, H, W]``.
+        a: Images ``[B, C, H, W]``; with a ``transform``, one or several in any form that
+            :func:`~fam_plugins.load_images` takes, such as a path.
         b: As many images, of any size that the encoder takes.
+        transform: What the encoder was trained with, such as ``weights.transforms()`` or an image
+            processor of transformers: makes its input of files and pictures.
         similarity: ``"cosine"`` (score in -1 to 1), ``"dot"``, ``"sqeuclidean"`` (minus the
             squared distance), ``"euclidean"`` (minus the distance), or anything else that
             :class:`~fam_plugins.SimilarityModel` takes.
         rule: ``"additive"``, ``"centred"``, ``"fam"``, ``"gradcam"`` or a
             :class:`~fam_plugins.Rule`.
-        contrast: Embeddings ``[M, D]``, images or :func:`~fam_plugins.gallery_mean`: the mean
-            similarity to them is subtracted from the score of each image. Images are a further
-            forward pass. Pass ``gallery_mean(encoder, loader)``: without a contrast, maps on pooled
-            ReLU features are near chance (a warning says so once per process).
+        contrast: Embeddings ``[M, D]``, images, a list of files or
+            :func:`~fam_plugins.gallery_mean`: the mean similarity to them is subtracted from the
+            score of each image. Images are a further forward pass. Pass
+            ``gallery_mean(encoder, loader)``: without a contrast, maps on pooled ReLU features are
+            near chance (a warning says so once per process).
         difference: Also explain what separates the two.
         embedding: ``"model"``: what the encoder returns. ``"pooled"``: the mean of the layer's map
             over its regions, whatever head follows: what contrastive models are evaluated on.
@@ -125,6 +228,7 @@ def explain_pair(
             does not add up; ``joint`` of a tail or a similarity that is not linear.
 
     Example:
+        >>> import torch
         >>> encoder = nn.Sequential(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
         >>> pair = explain_pair(encoder, "0", torch.rand(1, 3, 4, 4), torch.rand(1, 3, 6, 5))
         >>> pair.map_a.shape, pair.map_b.shape
@@ -145,121 +249,29 @@ def explain_pair(
             f"joint= splits the linear form of a similarity, and {how.name!r} has none: use "
             '"cosine", "dot", "sqeuclidean" or "euclidean"'
         )
-    check_transform(reshape_transform)
-    check_tail(tail)
-    _check_batches(a, b)
-    if contrast is None and chosen is not RULES["fam"]:  # which a contrast would not help
-        warn_once(
-            "contrast= is left out: on pooled ReLU features the maps of a pair are then near "
-            "chance. Pass contrast=gallery_mean(encoder, loader) of a few hundred of your images."
-        )
-
-    layer = choose_layer(encoder, layer, partial(embed, encoder), a)
-
-    def side(images: Tensor) -> _Side:
-        one = MapPass(
-            encoder, [layer], chosen, reshape_transform, regions=1, smooth=smooth, tail=tail
-        )
-        return _Side(encoder, one, images, pooled=embedding == "pooled")
-
-    with eval_mode(encoder):
-        against = contrast
-        if isinstance(contrast, Tensor) and contrast.dim() > 2 and embedding == "pooled":
-            against = reduced(how, side(contrast).point)
-        elif contrast is not None:
-            against = embed_contrast(encoder, contrast, how)
-        one, two = side(a), side(b)
-        check_embeddings(one.point, width=two.point.shape[1], what="embedding of a")
-        if against is not None:
-            row = against.row if isinstance(against, GalleryMean) else against
-            check_embeddings(row, width=two.point.shape[1], what="contrast")
-        with torch.no_grad():
-            value = _pairwise(how, two.point)(one.point).clone()
+    with comparison(
+        encoder, layer, a, b, how, chosen,
+        contrast=contrast, transform=transform, reshape_transform=reshape_transform, tail=tail,
+        smooth=smooth, pooled=embedding == "pooled",
+    ) as both:  # fmt: skip
+        one, two = both.a, both.b
         maps, differences, deltas, shares = [], [], [], []
         for this, other in ((one, two), (two, one)):
-            alike = _pairwise(how, other.point, against)
+            alike = both.alike(other.point)
             maps.append(this.explain(alike))
             shares.append(this.explained)
             if return_convergence_delta:
                 deltas.append(this.delta(alike, maps[-1]))
             if difference:
-                differences.append(this.explain(_apart(how, this.point, other.point)))
+                differences.append(this.explain(apart(how, this.point, other.point)))
         pairs = None
         if joint:
-            alike_a, alike_b = _pairwise(how, two.point), _pairwise(how, one.point)
+            alike_a, alike_b = pairwise(how, two.point), pairwise(how, one.point)
             pairs = joint_shares(one.tail(), two.tail(), alike_a, alike_b)
-    warn_of_coverage(chosen, two._one.constants, *shares)
+    both.warn(*shares)
     difference_a, difference_b = differences or (None, None)
     delta_a, delta_b = deltas or (None, None)
     return PairExplanation(
-        maps[0], maps[1], value, difference_a, difference_b, delta_a, delta_b, pairs
-    )
-
-
-class _Side:
-    """One image of each pair, run through the encoder once."""
-
-    def __init__(self, encoder: nn.Module, one: MapPass, images: Tensor, *, pooled: bool) -> None:
-        self._encoder, self._one, self._images, self._pooled = encoder, one, images, pooled
-        # The head may return anything if only the layer in front of it is looked at.
-        run = (lambda: encoder(images)) if pooled else (lambda: embed(encoder, images))
-        output = one.run(run, images)
-        self._embedding = one.pooled() if pooled else output
-        self.point = self._embedding.detach()
-
-    def explain(self, of: Callable[[Tensor], Tensor]) -> Tensor:
-        """The map ``[B, 1, ...]`` of a score ``[B]`` of the embedding."""
-        ((found,),) = self._one.maps(lambda: of(self._embedding), retain_graph=True)
-        self.explained = self._one.sums[0][:, 0], self._one.scores
-        return found
-
-    def tail(self) -> LinearTail:
-        """What follows the layer, refused unless it is linear."""
-        first = None if self._pooled else lambda: embed(self._encoder, self._images[:1])
-        return LinearTail(self._one, self._embedding, first)
-
-    def delta(self, of: Callable[[Tensor], Tensor], found: Tensor) -> Tensor:
-        """How far the map of the score that was explained last is from adding up, ``[B]``."""
-        if self._pooled or self._one.held is not None:
-            with self._one.replayed(), torch.no_grad():
-                constant = of(torch.zeros_like(self.point))
-            constant = sum(self._one.constants.values(), constant)
-        else:
-            constant = self._one.constant(lambda: of(embed(self._encoder, self._images)))
-        return region_sum(found) + constant - self._one.scores
-
-
-def _pairwise(
-    how: Similarity, others: Tensor, contrast: Contrast = None
-) -> Callable[[Tensor], Tensor]:
-    """The score of each embedding and the other of its own pair."""
-    if how.by_reference:
-        return lambda embeddings: score(how, embeddings, others, contrast).diagonal()
-    # A user's function may couple its references, and pairs have nothing to do with each other.
-    return lambda embeddings: torch.cat(
-        [
-            score(how, mine[None], other[None], contrast)[0]
-            for mine, other in zip(embeddings, others, strict=True)
-        ]
-    )
-
-
-def _apart(how: Similarity, own: Tensor, others: Tensor) -> Callable[[Tensor], Tensor]:
-    """The score of each embedding and itself, held fixed, minus that of its pair."""
-    like, unlike = _pairwise(how, own), _pairwise(how, others)
-    return lambda embeddings: like(embeddings) - unlike(embeddings)
-
-
-def _check_batches(a: Tensor, b: Tensor) -> None:
-    for name, images in (("a", a), ("b", b)):
-        check_floats(images, name)
-        if images.dim() < 2 or len(images) == 0:
-            raise ValueError(
-                f"{name} has shape {tuple(images.shape)}: pass at least one image, [B, C, H, W]; a "
-                "single one needs a batch dimension (image[None])"
-            )
-    if len(a) != len(b):
-        raise ValueError(
-            f"there are {len(a)} images a and {len(b)} images b: pass one b for each a; for one "
-            "image against many, SimilarityModel and LayerFam.attribute_references"
-        )
+        maps[0], maps[1], both.score, difference_a, difference_b, delta_a, delta_b, pairs,
+        source=both.source,
+    )  # fmt: skip

@@ -19,7 +19,7 @@ from tests.networks import TinyNet, encoder
 @pytest.fixture(autouse=True)
 def _hinted(monkeypatch):
     """What is said once per process has been said: these tables are of everything else."""
-    monkeypatch.setattr("fam_plugins.pair.warn_once", lambda message: None)
+    monkeypatch.setattr("fam_plugins.core.side.warn_once", lambda message: None)
 
 
 def headed(head):
