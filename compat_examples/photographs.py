@@ -25,7 +25,6 @@ import matplotlib
 
 matplotlib.use("Agg")
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pretrained
 import torch
@@ -35,12 +34,23 @@ from matplotlib.figure import Figure
 from sklearn.datasets import load_sample_image
 from torch import Tensor, nn
 from torchvision.models import MobileNet_V2_Weights
+from torchvision.transforms import Compose, Normalize, ToTensor
 from torchvision.transforms import functional as T
 
-from fam_plugins import LayerCape, LayerFam, SimilarityModel, explain_pair
+from fam_plugins import (
+    LayerCape,
+    LayerFam,
+    SimilarityModel,
+    explain_hits,
+    explain_pair,
+    load_images,
+)
 from fam_plugins.cape import with_cape_head
-from fam_plugins.plots import plot_episode, plot_matches, plot_pair, plot_retrieval
+from fam_plugins.plots import plot_episode
 
+# Five layers of stride 2 centre their regions on every 32nd pixel from the first: on sides of this
+# kind they reach from edge to edge, on others a map is drawn half a region off.
+SMALL, LARGE, MOSAIC = 225, 449, 481
 Box = tuple[int, int, int, int]  # top, left, height, width in pixels of the photograph
 
 # Where the thing stands, and the part of it that a reference shows.
@@ -53,11 +63,11 @@ PLACES: dict[str, tuple[Box, Box]] = {
     "flower": ((27, 130, 400, 400), (60, 160, 320, 320)),
 }
 DISTRACTORS = ("brick", "camera", "coins", "grass", "horse", "moon", "stereo_motorcycle", "retina")
-ASKED = ("coffee", "temple")  # side by side in the query of the ranked list
+ASKED = ("temple", "coffee")  # one above the other in the query of the ranked list
 # Photographs that show two of ImageNet's classes.
 AMBIGUOUS: dict[str, tuple[Box, tuple[str, str]]] = {
-    "rocket": ((68, 42, 341, 341), ("missile", "crane")),
-    "coffee": ((80, 280, 320, 320), ("espresso", "ladle")),
+    "rocket": ((125, 90, 277, 277), ("missile", "crane")),
+    "stereo_motorcycle": ((120, 360, 375, 375), ("moped", "disk brake")),
 }
 CLASSES = MobileNet_V2_Weights.DEFAULT.meta["categories"]
 
@@ -121,17 +131,14 @@ class Network:
 
     classifier: nn.Module
     encoder: nn.Module
-    mean: list[float]
-    std: list[float]
+    transform: Compose
     caution: str
 
-    def takes(self, images: Tensor | Sequence[Tensor]) -> Tensor:
+    def takes(self, images: Sequence[Tensor]) -> Tensor:
         """Images in [0, 1] as a normalised batch where the network is."""
-        batch = images if isinstance(images, Tensor) else torch.stack([*images])
-        weights = next(self.encoder.parameters())
-        return T.normalize(batch, self.mean, self.std).to(weights)
+        return load_images(images, self.transform).to(next(self.encoder.parameters()))
 
-    def embed(self, images: Tensor | Sequence[Tensor]) -> Tensor:
+    def embed(self, images: Sequence[Tensor]) -> Tensor:
         """Unit embeddings ``[B, 1280]``."""
         with torch.no_grad():
             return F.normalize(self.encoder(self.takes(images)), dim=1)
@@ -141,20 +148,23 @@ def load_network(args: argparse.Namespace) -> Network:
     classifier, caution = pretrained.load_model(args.weights)
     classifier = classifier.to(args.device).requires_grad_(False)
     encoder = nn.Sequential(classifier.features, nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
-    return Network(classifier, encoder, args.mean, args.std, caution)
+    transform = Compose([ToTensor(), Normalize(args.mean, args.std)])
+    return Network(classifier, encoder, transform, caution)
 
 
 def save(figure: Figure, path: Path, caution: str) -> None:
     """Write a picture as a JPEG, whose colours a small PNG would not keep."""
     if caution:
         figure.suptitle(caution, color="crimson")
-    figure.savefig(path, dpi=1300 / figure.get_figwidth(), pil_kwargs={"quality": 90})
+    dpi = 1300 / figure.get_figwidth()
+    figure.savefig(path, dpi=dpi, bbox_inches="tight", pil_kwargs={"quality": 90})
     print(f"wrote {path}")
 
 
 def mosaic(fields: Sequence[Tensor]) -> Tensor:
     """Four images as the quarters of one, in reading order."""
-    return torch.cat([torch.cat([*fields[:2]], 2), torch.cat([*fields[2:]], 2)], 1)
+    whole = torch.cat([torch.cat([*fields[:2]], 2), torch.cat([*fields[2:]], 2)], 1)
+    return T.resize(whole, [MOSAIC, MOSAIC], antialias=True).clamp(0, 1)
 
 
 def on_quarter(attribution: Tensor, quarter: int) -> tuple[float, bool]:
@@ -212,9 +222,9 @@ def measure(network: Network, fields: dict[str, Tensor], references: dict[str, T
 def draw_mosaics(network: Network, photos: dict[str, Tensor]) -> Figure:
     """Two mosaics of the same photographs in another order, and a reference of each."""
     names = ["cat", "coffee", "flower", "temple"]
-    references = [disguised(crop(photos[name], PLACES[name][1], 224)) for name in names]
+    references = [disguised(crop(photos[name], PLACES[name][1], SMALL)) for name in names]
     orders = [names, ["temple", "flower", "cat", "coffee"]]
-    queries = [mosaic([crop(photos[n], PLACES[n][0], 224) for n in order]) for order in orders]
+    queries = [mosaic([crop(photos[n], PLACES[n][0], SMALL) for n in order]) for order in orders]
     model = SimilarityModel(network.encoder, network.takes(references), contrast="others")
     maps, scores, _ = LayerFam(model, "0", rule="centred", smooth=True).attribute_references(
         network.takes(queries), return_scores=True
@@ -224,19 +234,20 @@ def draw_mosaics(network: Network, photos: dict[str, Tensor]) -> Figure:
 
 def draw_pairs(network: Network, photos: dict[str, Tensor], gallery: Tensor) -> list[Figure]:
     """Where two crops of the temple agree, and which parts of two crops of the cat match."""
-    temple, cat = photos["temple"], photos["cat"]
-    a, b = crop(temple, (60, 0, 367, 367), 448), disguised(crop(temple, (20, 60, 300, 300), 448))
-    options = {"rule": "centred", "contrast": gallery, "smooth": True}
-    pair = explain_pair(network.encoder, "0", network.takes([a]), network.takes([b]), **options)
-    titles = ("a photograph", "another crop, mirrored, recoloured")
-    found = plot_pair(a, b, pair.map_a, pair.map_b, score=pair.score, titles=titles, rule="centred")
-    a, b = crop(cat, (0, 0, 300, 300), 448), disguised(crop(cat, (40, 60, 250, 250), 448))
-    pair = explain_pair(
-        network.encoder, "0", network.takes([a]), network.takes([b]), joint=True, **options
-    )
-    total, score = float(pair.joint.sum()), float(pair.score)
-    assert abs(total - score) < 1e-3, f"the pairs of regions sum to {total:.4f}, not {score:.4f}"
-    return [found, plot_matches(a, b, pair.joint, titles=titles)]
+    pairs = []
+    for name, first, second in (
+        ("temple", (60, 0, 367, 367), (20, 60, 300, 300)),
+        ("cat", (0, 0, 300, 300), (40, 60, 250, 250)),
+    ):
+        a, b = crop(photos[name], first, LARGE), disguised(crop(photos[name], second, LARGE))
+        options = {"rule": "centred", "contrast": gallery, "smooth": True, "joint": True}
+        pairs.append(
+            explain_pair(network.encoder, "0", a, b, transform=network.transform, **options)
+        )
+        total, score = float(pairs[-1].joint.sum()), float(pairs[-1].score)
+        assert abs(total - score) < 1e-3, f"regions sum to {total:.4f}, the score is {score:.4f}"
+    titles = ("a photograph", "another crop of it")
+    return [pairs[0].plot(titles=titles), pairs[1].plot_matches(titles=titles)]
 
 
 def gallery_of(photos: dict[str, Tensor]) -> tuple[list[Tensor], list[str]]:
@@ -244,7 +255,7 @@ def gallery_of(photos: dict[str, Tensor]) -> tuple[list[Tensor], list[str]]:
     images, names = [], []
     for name, photograph in photos.items():
         for row, part in enumerate(parts(place(name, photograph))):
-            image = crop(photograph, part, 224)
+            image = crop(photograph, part, SMALL)
             images.append(image if row == 1 else disguised(image))
             names.append(name)
     return images, names
@@ -254,65 +265,56 @@ def draw_hits(
     network: Network, photos: dict[str, Tensor], images: list[Tensor], gallery: Tensor
 ) -> tuple[Figure, list[int]]:
     """A query of two photographs and its five hits in the gallery, with the rows of the hits."""
-    fields = [crop(photos[name], PLACES[name][0], 448) for name in ASKED]
-    query = torch.cat(fields, dim=2)
+    query = torch.cat([T.resize(photos[n], [LARGE, 3 * LARGE // 2]) for n in ASKED], dim=1)
+    query = T.resize(query, [609, LARGE], antialias=True).clamp(0, 1)
     rows = (network.embed([query]) @ gallery.T)[0].topk(5).indices.tolist()
-    hits = [images[row] for row in rows]
-    pairs = explain_pair(
-        network.encoder, "0", network.takes([query]).expand(5, -1, -1, -1), network.takes(hits),
+    found = explain_hits(
+        network.encoder, "0", query, [images[row] for row in rows], transform=network.transform,
         rule="centred", contrast=gallery, smooth=True,
     )  # fmt: skip
-    return plot_retrieval(query, hits, pairs.map_a, pairs.map_b, pairs.score, rule="centred"), rows
+    return found.plot(), rows
 
 
 def draw_classes(network: Network, photos: dict[str, Tensor]) -> tuple[Figure, Tensor]:
-    """CAPE's probability of two classes by region, for photographs that show both.
+    """CAPE's probability of each class by region, for photographs that show two of them.
 
     The head is a copy of the classifier's, not fitted, which takes training images: it says where
-    in the photograph either class is seen, and is less sure than the classifier.
+    in a photograph either class is seen, and is less sure than the classifier.
 
     Returns:
-        The picture, and how much of each pair of maps is on the same regions, 0 to 1.
+        The picture, and how much of the maps of both classes is on the same regions, 0 to 1.
     """
-    model = with_cape_head(network.classifier, example_input=network.takes([torch.rand(3, 64, 64)]))
-    figure = plt.figure(figsize=(9.6, 6.6), layout="constrained")
+    classes = [label for _, labels in AMBIGUOUS.values() for label in labels]
+    images = [crop(photos[name], box, SMALL) for name, (box, _) in AMBIGUOUS.items()]
+    batch = network.takes(images)
+    model = with_cape_head(network.classifier, example_input=batch)
+    with torch.no_grad():
+        theirs, ours = network.classifier(batch).softmax(dim=1), model(batch).exp()
+    targets = [CLASSES.index(label) for label in classes]
+    explainer = LayerCape(model)
+    maps = torch.stack([explainer.attribute(batch, target=t) for t in targets], dim=1)
+    gap = float((maps.sum((2, 3, 4)) - ours[:, targets]).abs().max())
+    assert gap < 1e-4, f"a map misses its probability by {gap:.0e}"
+
+    print("\n| photograph | class | CAPE | the classifier |\n|---|---|---|---|")
     overlaps = []
-    for axes, (name, (box, classes)) in zip(
-        figure.subplots(len(AMBIGUOUS), 3), AMBIGUOUS.items(), strict=True
-    ):
-        image = crop(photos[name], box, 224)
-        batch = network.takes([image])
-        with torch.no_grad():
-            theirs = network.classifier(batch).softmax(dim=1)[0]
-            ours = model(batch).exp()[0]
-        targets = [CLASSES.index(c) for c in classes]
-        maps = torch.cat([LayerCape(model).attribute(batch, target=t)[0] for t in targets]).cpu()
-        shares = maps.flatten(1) / maps.flatten(1).sum(dim=1, keepdim=True)
-        overlaps.append(shares.amin(dim=0).sum())
-        axes[0].imshow(image.permute(1, 2, 0))
-        axes[0].set_title(f"{classes[0]} or {classes[1]}?")
-        for axis, attribution, label, target in zip(axes[1:], maps, classes, targets, strict=True):
-            gap = abs(float(attribution.sum() - ours[target]))
-            assert gap < 1e-4, f"the map of {label} misses its probability by {gap:.0e}"
-            shown = {"extent": (0, 224, 224, 0), "vmin": 0}
-            axis.imshow(image.mean(dim=0), cmap="gray", vmax=1, **shown)
-            drawn = axis.imshow(
-                100 * attribution, cmap="Greens", alpha=0.6, vmax=100 * float(maps.max()),
-                interpolation="bilinear", **shown,
-            )  # fmt: skip
-            axis.set_title(f"{label}: {ours[target]:.0%}\n(the classifier: {theirs[target]:.0%})")
-        figure.colorbar(drawn, ax=axes, label="probability of the class\nin the region, %")
-        for axis in axes:
-            axis.set_xticks([]), axis.set_yticks([])
-    return figure, torch.stack(overlaps)
+    for row, (name, (_, labels)) in enumerate(AMBIGUOUS.items()):
+        for label in labels:
+            at = CLASSES.index(label)
+            print(f"| {name} | {label} | {ours[row, at]:.1%} | {theirs[row, at]:.1%} |")
+        pair = maps[row, [classes.index(label) for label in labels]].flatten(1)
+        overlaps.append((pair / pair.sum(dim=1, keepdim=True)).amin(dim=0).sum())
+    unit = "probability that a region gives the class"
+    options = {"scores": ours[:, targets], "labels": classes, "label": unit}
+    return plot_episode(images, None, maps, **options), torch.stack(overlaps)
 
 
 def main() -> None:
     args = pretrained.arguments(__doc__.splitlines()[0])
     torch.manual_seed(0)
     network, photos = load_network(args), photographs()
-    fields = {name: crop(photos[name], PLACES[name][0], 224) for name in PLACES}
-    references = {name: disguised(crop(photos[name], PLACES[name][1], 224)) for name in PLACES}
+    fields = {name: crop(photos[name], PLACES[name][0], SMALL) for name in PLACES}
+    references = {name: disguised(crop(photos[name], PLACES[name][1], SMALL)) for name in PLACES}
 
     print("| photograph | the network sees | in the reference | cosine of the two |")
     print("|---|---|---|---|")
