@@ -69,11 +69,11 @@ class PairExplanation:
         from fam_plugins.plots import plot_pair
 
         i = self._row(index)
-        own: dict[str, Any] = {"score": self.score[i], "rule": self.source.rule}
-        options = own | self._shown(i) | options
-        return plot_pair(
-            self.source.a[i], self.source.b[i], self.map_a[i], self.map_b[i], **options
-        )
+        options = {"rule": self.source.rule} | self._shown(i) | options
+        maps = self.map_a[i], self.map_b[i]
+        figure = plot_pair(self.source.a[i], self.source.b[i], *maps, **options)
+        figure.suptitle(f"{self.source.value} {float(self.score[i]):.3f}", fontsize=11)
+        return figure
 
     def plot_matches(self, index: int | None = None, **options: Any) -> Figure:
         """Join the pairs of regions that raise the score most; needs ``joint=True``.
@@ -133,13 +133,9 @@ class PairExplanation:
             missing = margins - maps.sum(dim=(1, 2, 3))
             return maps + missing[:, None, None, None] / maps[0].numel()
 
-        unit = replace(rule, unit="share of the margin", adds_up=True)
-        return PairExplanation(
-            shifted(self.map_a),
-            shifted(self.map_b),
-            margins,
-            source=replace(self.source, rule=unit),
-        )
+        shares = replace(rule, unit="share of the margin", adds_up=True)
+        source = replace(self.source, rule=shares, value="margin")
+        return PairExplanation(shifted(self.map_a), shifted(self.map_b), margins, source=source)
 
     def _row(self, index: int | None) -> int:
         if index is None and len(self.score) > 1:

@@ -233,9 +233,9 @@ def test_other_dtypes_agree(dtype):
     ("options", "error", "message"),
     [
         ({"a": A[0]}, ValueError, "there are"),
-        ({"a": A[:2]}, ValueError, "2 images a and 3 images b.*attribute_references"),
+        ({"a": A[:2]}, ValueError, "2 images a and 3 images b.*explain_hits"),
         ({"a": A[:0]}, ValueError, "at least one image"),
-        ({"a": "cat.png"}, TypeError, "a must be a tensor"),
+        ({"a": "cat.png"}, TypeError, "weights.transforms"),
         ({"rule": "aditive"}, ValueError, "did you mean"),
         ({"similarity": "cosin"}, ValueError, "did you mean"),
         ({"layer": "lst"}, ValueError, "did you mean"),
@@ -319,3 +319,9 @@ class TestTransform:
             explain_pair(net, "last", a, b, reshape_transform=torch.flatten)
         with pytest.raises(ValueError, match='must be "auto"'):
             explain_pair(net, "last", a, b, reshape_transform="tokens")
+
+
+def test_a_single_image_needs_no_batch():
+    pair, expected = (explain_pair(encoder(), "last", *of) for of in ((A[0], B[0]), (A[:1], B[:1])))
+    assert torch.equal(pair.map_a, expected.map_a)
+    assert torch.equal(pair.map_b, expected.map_b)

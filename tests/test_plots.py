@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 
 import matplotlib
 import matplotlib.image
+import matplotlib.style
 import numpy as np
 import pytest
 import torch
@@ -15,7 +17,7 @@ from matplotlib.patches import ConnectionPatch
 
 from fam_plugins import Rule, explain_pair, plots
 from fam_plugins.core.rules import RULES
-from fam_plugins.plots import plot_episode, plot_matches, plot_pair, plot_retrieval
+from fam_plugins.plots import plot_episode, plot_map, plot_matches, plot_pair, plot_retrieval
 from tests.networks import encoder
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -39,8 +41,23 @@ def layers(axis):
     return [np.asarray(drawn.get_array()) for drawn in axis.get_images()]
 
 
-def overlays(figure):
-    return [axis.get_images()[1] for axis in figure.axes if len(axis.get_images()) == 2]
+def over(image, attribution, most):
+    """The colours of a map over an image ``[3 or 1, H, W]``, worked out pixel by pixel."""
+    values = F.interpolate(attribution.reshape(1, 1, *attribution.shape[-2:]), image.shape[-2:],
+                           mode="bilinear")[0, 0]  # fmt: skip
+    green, red = ([0, 160 / 255, 48 / 255], [240 / 255, 32 / 255, 32 / 255])
+    found = np.zeros((*values.shape, 3))
+    for y, x in np.ndindex(*values.shape):
+        share = float(values[y, x]) / most
+        grey = 0.15 + 0.75 * float(image.reshape(-1, *image.shape[-2:])[:, y, x].mean())
+        for channel in range(3):
+            colour = (red if share < 0 else green)[channel]
+            found[y, x, channel] = grey + 0.75 * abs(share) * (colour - grey)
+    return found
+
+
+def scale(figure):
+    return figure.axes[-1].get_ylim()
 
 
 def test_a_pair_shows_both_images_and_both_maps_on_one_scale():
@@ -52,39 +69,49 @@ def test_a_pair_shows_both_images_and_both_maps_on_one_scale():
     for channel in range(3):
         np.testing.assert_allclose(layers(top_b)[0][..., channel], b[0])
     assert (top_a.get_title(), top_b.get_title()) == ("left", "right")
-    for axis, image, drawn in ((low_a, a, map_a[None]), (low_b, b, map_b)):
-        below, above = layers(axis)
-        np.testing.assert_allclose(below, image.mean(dim=0), rtol=1e-6)
-        expected = F.interpolate(drawn, image.shape[1:], mode="bilinear")[0, 0]
-        np.testing.assert_allclose(above, expected, rtol=1e-6)
-        assert axis.get_aspect() == 1
     most = float(max(map_a.abs().max(), map_b.abs().max()))
-    for drawn in overlays(figure):
-        assert drawn.get_clim() == (-most, most)
-        # Captum's colours for signed attributions.
-        np.testing.assert_allclose(drawn.cmap(0.0)[:3], (1, 0, 0))
-        np.testing.assert_allclose(drawn.cmap(0.5)[:3], (1, 1, 1), atol=0.01)
-        np.testing.assert_allclose(drawn.cmap(1.0)[:3], (0, 0.5, 0), atol=0.01)
-        assert drawn.get_alpha() == 0.5
-    for axis in (low_a, low_b):
-        below = axis.get_images()[0]
-        assert (below.cmap.name, below.get_clim()) == ("gray", (0, 1))
+    for axis, image, drawn in ((low_a, a, map_a), (low_b, b, map_b)):
+        np.testing.assert_allclose(layers(axis)[0], over(image, drawn, most), atol=1e-6)
+        assert axis.get_aspect() == 1
+    assert scale(figure) == (-most, most)
     assert bar.get_ylabel() == "attribution"
     assert figure.get_suptitle() == "score 0.250"
 
 
 def test_maps_without_negative_values_start_at_zero():
     figure = plot_pair(images(4, 4), images(4, 4), maps(1, 2, 2).abs(), torch.zeros(1, 2, 2))
-    for drawn in overlays(figure):
-        assert drawn.get_clim()[0] == 0
-        assert drawn.cmap.name == "Greens"
+    assert scale(figure)[0] == 0
     zeros = plot_pair(images(4, 4), images(4, 4), torch.zeros(1, 2, 2), torch.zeros(1, 2, 2))
-    assert overlays(zeros)[0].get_clim() == (0, 1)
+    assert scale(zeros) == (0, 1)
+    np.testing.assert_allclose(np.ptp(layers(zeros.axes[2])[0], axis=-1), 0)  # greys
 
 
 def test_one_negative_map_makes_the_scale_signed_for_both():
     figure = plot_pair(images(4, 4), images(4, 4), maps(1, 2, 2).abs(), -maps(1, 2, 2).abs())
-    assert all(drawn.get_clim()[0] < 0 for drawn in overlays(figure))
+    assert scale(figure)[0] == -scale(figure)[1] < 0
+
+
+def test_every_colour_of_a_map_is_on_the_bar():
+    image = torch.arange(64).reshape(8, 8) / 63
+    figure = plot_map(image, maps(4, 4))
+    bar, low, high = layers(figure.axes[-1])[-1], *scale(figure)
+    assert figure.axes[-1].get_images()[-1].get_extent()[2:] == [low, high]
+    colours = layers(figure.axes[1])[0].reshape(-1, 3)
+    gaps = np.abs(colours[:, None] - bar.reshape(1, -1, 3)).max(axis=-1).min(axis=1)
+    assert gaps.max() < 0.015  # the steps of the bar
+    # Upwards along the bar: from red over the greys themselves to green.
+    assert (bar[0, :, 0] > bar[0, :, 1] + 0.3).all()
+    assert (bar[-1, :, 1] > bar[-1, :, 0] + 0.3).all()
+    np.testing.assert_allclose(np.ptp(bar[127:129], axis=-1), 0, atol=0.01)
+    assert (np.diff(bar[128, :, 0]) > 0).all()
+
+
+def test_one_image_and_its_map():
+    figure = plot_map(images(3, 6, 9), maps(2, 3), score=torch.tensor([[0.5]]), title="cat")
+    image, drawn, bar = figure.axes
+    assert (image.get_title(), drawn.get_title()) == ("cat", "score 0.500")
+    assert bar.get_ylabel() == "attribution"
+    assert plot_map(images(4, 4), maps(1, 1, 2, 2)).axes[1].get_title() == ""
 
 
 def test_an_episode_is_a_grid_with_the_nearest_reference_framed():
@@ -97,19 +124,74 @@ def test_an_episode_is_a_grid_with_the_nearest_reference_framed():
     assert not layers(grid[0, 0])
     for j in range(3):
         np.testing.assert_allclose(layers(grid[0, j + 1])[0], references[j].permute(1, 2, 0))
-        assert grid[0, j + 1].get_title() == f"reference {'xyz'[j]}"
+        assert grid[0, j + 1].get_title() == "xyz"[j]
     for i in range(2):
         np.testing.assert_allclose(layers(grid[i + 1, 0])[0], queries[i].permute(1, 2, 0))
         assert grid[i + 1, 0].get_title() == f"query {i}"
         for j in range(3):
-            expected = F.interpolate(drawn[i, j][None], (8, 8), mode="bilinear")[0, 0]
-            np.testing.assert_allclose(layers(grid[i + 1, j + 1])[1], expected, rtol=1e-6)
+            expected = over(queries[i], drawn[i, j], float(drawn.abs().max()))
+            np.testing.assert_allclose(layers(grid[i + 1, j + 1])[0], expected, atol=1e-6)
             assert grid[i + 1, j + 1].get_title() == f"{scores[i][j]:.3f}"
             wide = grid[i + 1, j + 1].spines["top"].get_linewidth() > 2
             assert wide == (j == [1, 0][i])
-    assert {o.get_clim() for o in overlays(figure)} == {
-        (-float(drawn.abs().max()), float(drawn.abs().max()))
-    }
+    assert scale(figure) == (-float(drawn.abs().max()), float(drawn.abs().max()))
+
+
+def test_captions_stand_where_references_have_no_images():
+    figure = plot_episode(TWO, None, torch.randn(2, 2, 1, 2, 2), labels=["a $cat", "a dog"])
+    grid = np.array(figure.axes[:9]).reshape(3, 3)
+    assert [axis.texts[0].get_text() for axis in grid[0, 1:]] == ["a $cat", "a dog"]
+    assert not any(layers(axis) for axis in grid[0])
+    figure.savefig(io.BytesIO(), format="png")  # a dollar starts no formula
+    with pytest.raises(ValueError, match=r"labels=\[\.\.\.\]"):
+        plot_episode(TWO, None, torch.randn(2, 2, 1, 2, 2))
+
+
+def test_a_ranked_list_without_maps_or_of_a_text():
+    ours = plot_retrieval(A, TWO, MM, scores=[1, 2])
+    assert len(ours.axes) == 2 * 3 + 1
+    both = plot_retrieval(A, TWO, captions=["x.jpg", "y.jpg"])
+    assert [axis.get_title() for axis in both.axes] == ["query", "x.jpg", "y.jpg"]
+    text = plot_retrieval("a red car", TWO, None, MM, scores=torch.ones(2))
+    assert [one.get_text() for one in text.axes[0].texts] == ["a red car"]
+    assert text.axes[3].texts[0].get_text() == "in the hit"
+    with pytest.raises(ValueError, match="1 captions for 2 hits"):
+        plot_retrieval(A, TWO, captions=["x"])
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [[1, 2], (1.0, 2.0), np.array([1, 2]), torch.tensor([[1.0], [2.0]]), torch.ones(1, 2),
+     [torch.tensor(1.0), torch.tensor([2.0]).squeeze()], torch.ones(2).half()],
+    ids=["list", "tuple", "array", "column", "row", "tensors", "half"],
+)  # fmt: skip
+def test_scores_of_any_sensible_shape(scores):
+    figure = plot_retrieval(A, TWO, MM, MM, scores)
+    assert figure.axes[1].get_title() == "hit 1: 1.000"
+
+
+def test_a_figure_shows_itself_without_pyplot():
+    code = (
+        "import sys, torch; from fam_plugins.plots import plot_map\n"
+        "png = plot_map(torch.rand(8, 8), torch.randn(2, 2))._repr_png_()\n"
+        "assert png.startswith(b'\\x89PNG') and len(png) > 1000\n"
+        "assert 'matplotlib.pyplot' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_in_the_dark_text_and_frames_are_light():
+    with matplotlib.style.context("dark_background"):
+        figure = plot_episode(TWO, TWO, torch.randn(2, 2, 1, 2, 2), scores=torch.eye(2))
+        dark = np.asarray(figure.axes[4].spines["top"].get_edgecolor()[:3])
+        assert (dark > 0.9).all()
+        assert figure.axes[4].title.get_color() == "white"
+        file = io.BytesIO()
+        figure.savefig(file)
+    drawn = layers(figure.axes[4])[0]
+    light = plot_episode(TWO, TWO, torch.ones(2, 2, 1, 2, 2))
+    assert drawn.shape == layers(light.axes[4])[0].shape  # colours are mixed here, not by the style
+    assert figure.get_facecolor()[:3] == (0, 0, 0)
 
 
 def test_a_ranked_list_shows_both_sides():
@@ -120,6 +202,7 @@ def test_a_ranked_list_shows_both_sides():
     assert len(figure.axes) == 10
     np.testing.assert_allclose(layers(grid[0, 0])[0][..., 0], query)
     assert grid[0, 0].get_title() == "query"
+    most = float(max(query_maps.abs().max(), hit_maps.abs().max()))
     names = [[text.get_text() for text in grid[row, 0].texts] for row in range(3)]
     assert names == [[], ["in the query"], ["in the hit"]]
     for j, hit in enumerate(hits):
@@ -127,22 +210,21 @@ def test_a_ranked_list_shows_both_sides():
             layers(grid[0, j + 1])[0], hit.expand(3, -1, -1).permute(1, 2, 0)
         )
         assert grid[0, j + 1].get_title() == f"hit {j + 1}: {[0.9, 0.8][j]:.3f}"
-        expected = F.interpolate(query_maps[j][None], (8, 8), mode="bilinear")[0, 0]
-        np.testing.assert_allclose(layers(grid[1, j + 1])[1], expected, rtol=1e-6)
-        expected = F.interpolate(hit_maps[j][None], hit.shape[1:], mode="bilinear")[0, 0]
-        np.testing.assert_allclose(layers(grid[2, j + 1])[1], expected, rtol=1e-6)
-    most = float(max(query_maps.abs().max(), hit_maps.abs().max()))
-    assert {o.get_clim() for o in overlays(figure)} == {(-most, most)}
+        for row, image, drawn in ((1, query, query_maps[j]), (2, hit, hit_maps[j])):
+            expected = over(image, drawn, most)
+            np.testing.assert_allclose(layers(grid[row, j + 1])[0], expected, atol=1e-6)
+    assert scale(figure) == (-most, most)
 
 
 @pytest.mark.parametrize(
     "plot",
     [
+        lambda **options: plot_map(A, M, **options),
         lambda **options: plot_pair(A, A, M, M, **options),
         lambda **options: plot_episode(TWO, TWO, torch.randn(2, 2, 1, 2, 2), **options),
         lambda **options: plot_retrieval(A, TWO, MM, MM, [1, 2], **options),
     ],
-    ids=["pair", "episode", "retrieval"],
+    ids=["map", "pair", "episode", "retrieval"],
 )
 def test_the_colour_bar_names_the_unit(plot):
     def shown(**options):
@@ -242,7 +324,7 @@ def test_rows_are_as_high_as_the_tallest_image_needs():
         plot_pair(a, b, drawn, drawn).get_size_inches().tolist()
         for a, b in ((wide, wide), (wide, tall), (tall, wide), (tall, tall))
     ]
-    assert {width for width, _ in sizes} == {5.2}
+    assert {width for width, _ in sizes} == {5.3}
     heights = [height for _, height in sizes]
     # Two rows of columns that are two inches wide: half as high as wide, or twice.
     assert heights[1:] == [heights[-1]] * 3
@@ -258,8 +340,8 @@ def test_the_saved_picture_shows_the_colours(tmp_path):
     def share(*colour):
         return np.isclose(pixels, colour, atol=0.01).all(axis=-1).mean()
 
-    # Grey 1/3 below, half red and half the green of Captum above.
-    shares = [share(0, 0, 1) / 2, share(2 / 3, 1 / 6, 1 / 6), share(1 / 6, 5 / 12, 1 / 6)]
+    red, green = over(blue, against, 1)[0, 0], over(blue, in_favour, 1)[0, 0]
+    shares = [share(0, 0, 1) / 2, share(*red), share(*green)]
     assert min(shares) > 0.1
     np.testing.assert_allclose(shares, shares[0], rtol=0.05)
 
@@ -268,16 +350,14 @@ def test_values_off_by_rounding_are_clamped():
     off = torch.full((4, 4), 1.0005)
     off[0] = -0.0005
     figure = plot_pair(off, off, M, M)
-    for drawn in (layers(figure.axes[0])[0], layers(figure.axes[2])[0]):
-        assert (drawn[0].max(), drawn[1:].min(), drawn.max()) == (0, 1, 1)
-        assert drawn.min() == 0
+    drawn = layers(figure.axes[0])[0]
+    assert (drawn[0].max(), drawn[1:].min(), drawn.max(), drawn.min()) == (0, 1, 1, 0)
 
 
 def test_nothing_global_is_touched_and_the_figure_can_be_saved(tmp_path):
     code = (
         "import sys, torch\n"
         "from fam_plugins import plots\n"
-        "assert 'matplotlib' not in sys.modules\n"
         "a, m = torch.rand(2, 1, 8, 8), torch.randn(2, 1, 2, 2)\n"
         "figure = plots.plot_pair(a[0], a[1], m[0], m[1])\n"
         "figure = plots.plot_episode(a, a, torch.randn(2, 2, 1, 2, 2))\n"
@@ -299,9 +379,7 @@ def test_nothing_global_is_touched_and_the_figure_can_be_saved(tmp_path):
 def test_without_matplotlib_the_fix_is_named():
     code = (
         "import sys, torch; sys.modules['matplotlib'] = sys.modules['matplotlib.figure'] = None\n"
-        "from fam_plugins import plots\n"
-        "a, m = torch.rand(1, 8, 8), torch.randn(1, 2, 2)\n"
-        "try: plots.plot_pair(a, a, m, m)\n"
+        "try: from fam_plugins import plots\n"
         "except ImportError as error: print(error)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -313,17 +391,15 @@ def test_half_precision_and_maps_with_a_graph_are_drawn():
     image = images(8, 8).half()
     figure = plot_pair(image, images(8, 8), drawn, drawn)
     np.testing.assert_array_equal(layers(figure.axes[0])[0][..., 0], image.float())
-    expected = F.interpolate(drawn.detach().float()[None], (8, 8), mode="bilinear")[0, 0]
-    np.testing.assert_allclose(layers(figure.axes[2])[1], expected, rtol=1e-6)
+    expected = over(image.float(), drawn.detach().float(), float(drawn.detach().abs().max()))
+    np.testing.assert_allclose(layers(figure.axes[2])[0], expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: plot_pair(TWO, A, M, M), r"image_a has shape \(2, 3, 8, 8\).*images\[i\]"),
-        (lambda: plot_pair(A.permute(1, 2, 0), A, M, M), "1 or 3 channels first"),
-        (lambda: plot_pair(A, 255 * A, M, M), "image_b has values.*image / 255"),
-        (lambda: plot_pair(A - 0.5, A, M, M), "before the model's normalisation"),
+        (lambda: plot_pair(TWO, A, M, M), r"image_a holds 2 images: pass one, images\[i\]"),
+        (lambda: plot_pair(A - 0.5, A, M, M), "model's normalisation.*mean= and std="),
         (lambda: plot_pair(A * 0 + 1.05, A, M, M), "image_a has values from 1.05 to 1.05"),
         (lambda: plot_pair(A, A * 0 - 0.05, M, M), "image_b has values from -0.05 to -0.05"),
         (lambda: plot_pair(A, BAD, M, M), "image_b holds NaN"),
@@ -358,4 +434,6 @@ def test_bad_input_names_the_fix(call, message):
 
 
 def test_every_plot_is_public():
-    assert set(plots.__all__) == {"plot_pair", "plot_episode", "plot_matches", "plot_retrieval"}
+    assert set(plots.__all__) == {
+        "plot_map", "plot_pair", "plot_episode", "plot_matches", "plot_retrieval"
+    }  # fmt: skip

@@ -62,6 +62,8 @@ def load_images(images: Any, transform: Any = None, *, what: str = "images") -> 
             "already, leave transform= out; if not, pass them in [0, 1]"
         )
     upright = [to_pil_image(picture) for picture in pictures(images, what)]
+    if not upright:
+        raise ValueError(f"there are no {what}: pass at least one")
     transform = getattr(transform, "image_processor", transform)
     if hasattr(transform, "model_input_names"):  # of transformers
         return pixels_of(transform(images=upright, return_tensors="pt"), what)[0]

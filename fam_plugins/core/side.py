@@ -38,6 +38,7 @@ class Source:
         names: File names of both sides, or ``None`` of what was no file.
         undo: Mean and standard deviation of their normalisation by name, if a transform told.
         rule: What made the maps.
+        value: What they explain.
     """
 
     a: Tensor
@@ -45,6 +46,7 @@ class Source:
     names: tuple[list[str] | None, list[str] | None]
     undo: dict[str, Any]
     rule: Rule
+    value: str = "score"
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ def comparison(
             f"there are {len(a)} images a and {len(b)} images b: pass one b for each a; for one "
             "image and many, explain_hits"
         )
-    if names_of(contrast):
+    if isinstance(contrast, (list, tuple)) and names_of(contrast):
         contrast = at_home(load_images(contrast, transform, what="contrast"), encoder, "contrast")
     if contrast is None and rule is not RULES["fam"]:  # which a contrast would not help
         warn_once(

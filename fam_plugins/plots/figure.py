@@ -41,7 +41,7 @@ class Picture(Figure):
 def new_figure(rows: int, columns: int, images: Sequence[Tensor]) -> tuple[Picture, np.ndarray]:
     """A figure and its axes ``[rows, columns]``, as high as the tallest image needs."""
     aspect = max(image.shape[1] / image.shape[2] for image in images)
-    size = (2.0 * columns + 1.2, (2.0 * aspect + 0.3) * rows + 0.6)
+    size = (2.0 * columns + 1.3, (2.0 * aspect + 0.2) * rows + 0.4)
     # pyplot would keep the figure alive.
     figure = Picture(figsize=size, layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False)
@@ -90,7 +90,7 @@ class Overlay:
         colour = torch.where(share < 0, torch.tensor(to_rgb(AGAINST)), torch.tensor(to_rgb(FOR)))
         # Colours of the pure image end where they could be mistaken for those of the map.
         return torch.lerp(
-            (0.15 + 0.75 * grey)[..., None].expand(colour.shape), colour, 0.85 * share.abs()
+            (0.15 + 0.75 * grey)[..., None].expand(colour.shape), colour, 0.75 * share.abs()
         )
 
     def draw(self, axis: Axes, image: Tensor, attribution: Tensor, title: str = "") -> None:
@@ -105,7 +105,7 @@ class Overlay:
         if label is None:
             label = "attribution" if rule is None else fill(find_rule(rule).unit, 18)
         scale = ScalarMappable(Normalize(self.least, self.most))
-        bar = figure.colorbar(scale, ax=axes, label=label, shrink=0.8)
+        bar = figure.colorbar(scale, ax=axes, label=label, shrink=0.8, pad=0.02, aspect=25)
         values = torch.linspace(self.least, self.most, 256)[:, None].expand(-1, 32)
         colours = self.blend(values, torch.linspace(0, 1, 32).expand_as(values))
         extent = (*bar.ax.get_xlim(), self.least, self.most)

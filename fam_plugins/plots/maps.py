@@ -32,23 +32,20 @@ def plot_map(
     title: str = "",
     rule: str | Rule | None = None,
     label: str | None = None,
-    mean: Any = None,
-    std: Any = None,
-    transform: Any = None,
+    **undo: Any,
 ) -> Picture:
     """Show one image and a map over it.
 
     Args:
         image: In any form: a path, a PIL image, ``[H, W]``, ``[3, H, W]`` or ``[H, W, 3]``, bytes
-            or floats in [0, 1], or normalised, if ``mean`` and ``std`` or a ``transform`` tell how.
+            or floats in [0, 1], or normalised, with what undoes it.
         map: ``[h, w]``, ``[1, h, w]`` or ``[1, 1, h, w]``, of any explainer.
         score: What is explained, over the map.
         title: The name of the image.
         rule: What made the map: its unit stands at the colour bar, and ``"attribution"`` without.
         label: The unit at the colour bar, instead of that of a rule.
-        mean: What the normalisation of a floating-point image subtracted, to be undone.
-        std: What it divided by.
-        transform: Or the transform that did it, of torchvision, timm or transformers.
+        **undo: Of a floating-point image that was normalised: ``mean=`` and ``std=``, or
+            ``transform=``, that of torchvision, timm or transformers that did it.
 
     Returns:
         The figure: the image, and the map over it.
@@ -64,7 +61,7 @@ def plot_map(
         >>> len(figure.axes)  # the image, the map, the colour bar
         3
     """
-    shown = one_picture(image, "image", mean=mean, std=std, transform=transform)
+    shown = one_picture(image, "image", **undo)
     drawn = as_maps(map, (), "map")
     name = "" if score is None else f"score {float(as_scores(score, ())):.3f}"
     figure, axes = new_figure(1, 2, [shown])
@@ -85,9 +82,7 @@ def plot_pair(
     titles: Sequence[str] = ("a", "b"),
     rule: str | Rule | None = None,
     label: str | None = None,
-    mean: Any = None,
-    std: Any = None,
-    transform: Any = None,
+    **undo: Any,
 ) -> Picture:
     """Show two images and what each contributes to their similarity, on one colour scale.
 
@@ -100,9 +95,7 @@ def plot_pair(
         titles: The names of the two images.
         rule: As in :func:`plot_map`.
         label: As in :func:`plot_map`.
-        mean: As in :func:`plot_map`.
-        std: As in :func:`plot_map`.
-        transform: As in :func:`plot_map`.
+        **undo: ``mean=`` and ``std=``, or ``transform=``, as in :func:`plot_map`.
 
     Returns:
         The figure: images in the upper row, maps over them in the lower.
@@ -120,7 +113,6 @@ def plot_pair(
         >>> len(figure.axes)  # two images, two maps, the colour bar
         5
     """
-    undo = {"mean": mean, "std": std, "transform": transform}
     images = [one_picture(image_a, "image_a", **undo), one_picture(image_b, "image_b", **undo)]
     maps = [as_maps(map_a, (), "map_a"), as_maps(map_b, (), "map_b")]
     check_titles(titles)
@@ -145,9 +137,7 @@ def plot_episode(
     labels: Sequence[object] | None = None,
     rule: str | Rule | None = None,
     label: str | None = None,
-    mean: Any = None,
-    std: Any = None,
-    transform: Any = None,
+    **undo: Any,
 ) -> Picture:
     """Show what in every query raises its score with every reference: queries x references.
 
@@ -160,9 +150,7 @@ def plot_episode(
         labels: The names of the references; their numbers by default.
         rule: As in :func:`plot_map`.
         label: As in :func:`plot_map`.
-        mean: As in :func:`plot_map`.
-        std: As in :func:`plot_map`.
-        transform: As in :func:`plot_map`.
+        **undo: ``mean=`` and ``std=``, or ``transform=``, as in :func:`plot_map`.
 
     Returns:
         The figure: references in the top row, queries in the left column, a map where they meet.
@@ -180,12 +168,12 @@ def plot_episode(
         >>> len(figure.axes)  # a grid of 3 x 4 and the colour bar
         13
     """
-    rows = _shown(queries, "queries", mean, std, transform)
+    rows = _shown(queries, "queries", **undo)
     if references is None and labels is None:
         raise ValueError("references without images need names: labels=[...]")
     tops: Sequence[Tensor | None] = [None] * len(listed(labels or ()))
     if references is not None:
-        tops = _shown(references, "references", mean, std, transform)
+        tops = _shown(references, "references", **undo)
     shape = (len(rows), len(tops))
     drawn = as_maps(maps, shape, "maps")
     numbers = None if scores is None else as_scores(scores, shape)
@@ -226,9 +214,7 @@ def plot_retrieval(
     captions: Sequence[str] | None = None,
     rule: str | Rule | None = None,
     label: str | None = None,
-    mean: Any = None,
-    std: Any = None,
-    transform: Any = None,
+    **undo: Any,
 ) -> Picture:
     """Show a query, its ranked hits, and per hit what raises the score on both sides.
 
@@ -241,9 +227,7 @@ def plot_retrieval(
         captions: Names of the hits; their ranks by default.
         rule: As in :func:`plot_map`.
         label: As in :func:`plot_map`.
-        mean: As in :func:`plot_map`.
-        std: As in :func:`plot_map`.
-        transform: As in :func:`plot_map`.
+        **undo: ``mean=`` and ``std=``, or ``transform=``, as in :func:`plot_map`.
 
     Returns:
         The figure: the query at the left, then one column per hit with the hit, the query's map
@@ -262,11 +246,10 @@ def plot_retrieval(
         >>> len(figure.axes)  # a grid of 3 x 4 and the colour bar
         13
     """
-    undo = {"mean": mean, "std": std, "transform": transform}
     # A text has no maps of its own; a path that has none either is still the path of a picture.
     text = isinstance(query, str) and query_maps is None and not os.path.isfile(query)
     asked = None if text else one_picture(query, "query", **undo)
-    found = _shown(hits, "hits", mean, std, transform)
+    found = _shown(hits, "hits", **undo)
     count = (len(found),)
     kinds = (("in the query", query_maps, "query_maps"), ("in the hit", hit_maps, "hit_maps"))
     drawn = [(name, as_maps(m, count, what)) for name, m, what in kinds if m is not None]
@@ -295,9 +278,9 @@ def plot_retrieval(
     return figure
 
 
-def _shown(images: Any, what: str, mean: Any, std: Any, transform: Any) -> list[Tensor]:
+def _shown(images: Any, what: str, **undo: Any) -> list[Tensor]:
     """A batch or list of images in any form, of which there must be any."""
-    found = pictures(images, what, mean=mean, std=std, transform=transform)
+    found = pictures(images, what, **undo)
     if not found:
         raise ValueError(f"there are no {what}: pass at least one image")
     return found

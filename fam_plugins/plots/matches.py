@@ -26,9 +26,7 @@ def plot_matches(
     top: int = 8,
     titles: Sequence[str] = ("a", "b"),
     label: str = "share of the score",
-    mean: Any = None,
-    std: Any = None,
-    transform: Any = None,
+    **undo: Any,
 ) -> Picture:
     """Join the pairs of regions that raise the score of two images most.
 
@@ -41,9 +39,7 @@ def plot_matches(
         top: How many pairs of regions to show; fewer if fewer raise the score.
         titles: The names of the two images.
         label: The unit at the colour bar.
-        mean: As in :func:`~fam_plugins.plots.plot_map`.
-        std: As in :func:`~fam_plugins.plots.plot_map`.
-        transform: As in :func:`~fam_plugins.plots.plot_map`.
+        **undo: As in :func:`~fam_plugins.plots.plot_map`.
 
     Returns:
         The figure: both images, and the score with the part of it that the lines carry.
@@ -59,7 +55,6 @@ def plot_matches(
         >>> len(figure.axes)  # two images and the colour bar
         3
     """
-    undo = {"mean": mean, "std": std, "transform": transform}
     images = [one_picture(image_a, "image_a", **undo), one_picture(image_b, "image_b", **undo)]
     shares = as_floats(joint, "joint")
     shares = shares[0] if shares.dim() == 3 and len(shares) == 1 else shares
