@@ -56,7 +56,7 @@ def load_images(images: Any, transform: Any = None, *, what: str = "images") -> 
                 "was trained with, such as weights.transforms(), or a normalised float tensor"
             )
         return images[None] if images.dim() == 3 and len(images) in (1, 3) else images
-    if isinstance(images, Tensor) and images.is_floating_point() and (images < 0).any():
+    if isinstance(images, Tensor) and _normalised(images):
         raise ValueError(
             f"{what} have negative values and there is a transform: if they are normalised "
             "already, leave transform= out; if not, pass them in [0, 1]"
@@ -92,16 +92,20 @@ def pictures(
     """One image or several, in any form -> ``[3, H, W]`` in [0, 1] each, for people to look at.
 
     Floating-point tensors are taken to be normalised if ``mean`` and ``std`` say how (numbers, or
-    one per channel), or a ``transform`` that holds them.
+    one per channel), or a ``transform`` that holds them; what it has yet to see goes through it, so
+    that a map lies on what the encoder saw.
     """
     if isinstance(images, Mapping):
         images = pixels_of(images, what)[0]
+    one = isinstance(images, (str, os.PathLike, Image.Image, Tensor, np.ndarray))
+    if isinstance(images, Iterable) and not one:
+        told: Any = {"mean": mean, "std": std, "transform": transform}
+        found = [pictures(each, f"{what}[{i}]", **told) for i, each in enumerate(images)]
+        return [picture for some in found for picture in some]
+    if transform is not None and not (isinstance(images, Tensor) and _normalised(images)):
+        images = load_images(images, transform, what=what)
     if isinstance(images, (str, os.PathLike, Image.Image)):
         return [_opened(images, what)]
-    if isinstance(images, Iterable) and not isinstance(images, (Tensor, np.ndarray)):
-        told: Any = {"mean": mean, "std": std, "transform": transform}
-        found = [pictures(one, f"{what}[{i}]", **told) for i, one in enumerate(images)]
-        return [picture for some in found for picture in some]
     pixels = as_tensor(images, what).detach().cpu()
     if pixels.is_complex() or pixels.dim() not in (2, 3, 4) or 0 in pixels.shape:
         raise ValueError(f"{what} of shape {tuple(pixels.shape)}: pass [C, H, W] or [B, C, H, W]")
@@ -111,6 +115,11 @@ def pictures(
         center, scale = (_per_channel(part, what) for part in undo)
         batch = batch.float() * scale + center
     return [*_unit_range(batch, what, slack=0.001 if undo is None else 0.25).expand(-1, 3, -1, -1)]
+
+
+def _normalised(images: Tensor) -> bool:
+    """Whether values can only be those behind a normalisation: no picture has less than black."""
+    return images.is_floating_point() and bool((images < -1e-3).any())
 
 
 def _opened(image: Any, what: str) -> Tensor:

@@ -76,11 +76,19 @@ def compose(*parts):
 def test_a_normalisation_is_found_and_undone(transform):
     assert list(map(float, normalisation(transform)[0])) == MEAN
     for undo in ({"transform": transform}, {"mean": MEAN, "std": STD}):
-        for given in (NORMAL(UNIT), NORMAL(UNIT).permute(1, 2, 0), NORMAL(UNIT)[None].numpy()):
+        for given in (NORMAL(UNIT), NORMAL(UNIT).permute(1, 2, 0), NORMAL(UNIT)[None]):
             (picture,) = pictures(given, **undo)
             torch.testing.assert_close(picture, UNIT, rtol=0, atol=1e-6)
-        (picture,) = pictures(BYTES, **undo)  # bytes were never normalised
-        torch.testing.assert_close(picture, UNIT)
+    (picture,) = pictures(BYTES, mean=MEAN, std=STD)  # bytes were never normalised
+    torch.testing.assert_close(picture, UNIT)
+    torch.testing.assert_close(pictures(NORMAL(UNIT).numpy(), mean=MEAN, std=STD)[0], UNIT)
+
+
+def test_a_picture_is_drawn_as_the_encoder_saw_it(photo):
+    middle = T.Compose([T.CenterCrop(6), T.ToTensor(), NORMAL])
+    for given in (photo, BYTES, UNIT, Image.open(photo), [photo]):
+        (picture,) = pictures(given, transform=middle)
+        torch.testing.assert_close(picture, UNIT[:, 2:8, 4:10], rtol=0, atol=1e-6)
 
 
 def test_no_normalisation_is_made_up():
