@@ -314,7 +314,7 @@ def draw_classes(network: Network, photos: dict[str, Tensor]) -> tuple[Figure, T
 
 
 def main() -> None:
-    args = pretrained.arguments(__doc__.splitlines()[0])
+    args = pretrained.arguments(__doc__.splitlines()[0], image=False)
     torch.manual_seed(0)
     network, photos = load_network(args), photographs()
     fields = {name: crop(photos[name], PLACES[name][0], SMALL) for name in PLACES}
