@@ -147,7 +147,7 @@ def test_captions_stand_where_references_have_no_images():
         plot_episode(TWO, None, torch.randn(2, 2, 1, 2, 2))
 
 
-def test_a_ranked_list_without_maps_or_of_a_text():
+def test_a_ranked_list_without_maps_or_of_a_text(tmp_path):
     ours = plot_retrieval(A, TWO, MM, scores=[1, 2])
     assert len(ours.axes) == 2 * 3 + 1
     both = plot_retrieval(A, TWO, captions=["x.jpg", "y.jpg"])
@@ -155,6 +155,9 @@ def test_a_ranked_list_without_maps_or_of_a_text():
     text = plot_retrieval("a red car", TWO, None, MM, scores=torch.ones(2))
     assert [one.get_text() for one in text.axes[0].texts] == ["a red car"]
     assert text.axes[3].texts[0].get_text() == "in the hit"
+    file = tmp_path / "query.png"
+    matplotlib.image.imsave(file, np.zeros((4, 4, 3)))
+    assert layers(plot_retrieval(str(file), TWO, None, MM).axes[0])[0].shape == (4, 4, 3)
     with pytest.raises(ValueError, match="1 captions for 2 hits"):
         plot_retrieval(A, TWO, captions=["x"])
 

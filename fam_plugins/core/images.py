@@ -8,9 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
-from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from fam_plugins.core.encoders import pixels_of
 from fam_plugins.core.references import as_tensor
@@ -61,6 +59,8 @@ def load_images(images: Any, transform: Any = None, *, what: str = "images") -> 
             f"{what} have negative values and there is a transform: if they are normalised "
             "already, leave transform= out; if not, pass them in [0, 1]"
         )
+    from torchvision.transforms.functional import to_pil_image  # of a second to import
+
     upright = [to_pil_image(picture) for picture in pictures(images, what)]
     if not upright:
         raise ValueError(f"there are no {what}: pass at least one")
@@ -97,17 +97,21 @@ def pictures(
     """
     if isinstance(images, Mapping):
         images = pixels_of(images, what)[0]
-    one = isinstance(images, (str, os.PathLike, Image.Image, Tensor, np.ndarray))
-    if isinstance(images, Iterable) and not one:
+    one = _is_file_or_pil(images) or isinstance(images, (Tensor, np.ndarray))
+    if isinstance(images, Iterable) and not one and not _is_nested_numbers(images):
         told: Any = {"mean": mean, "std": std, "transform": transform}
         found = [pictures(each, f"{what}[{i}]", **told) for i, each in enumerate(images)]
         return [picture for some in found for picture in some]
     if transform is not None and not (isinstance(images, Tensor) and _normalised(images)):
         images = load_images(images, transform, what=what)
-    if isinstance(images, (str, os.PathLike, Image.Image)):
+    if _is_file_or_pil(images):
         return [_opened(images, what)]
     pixels = as_tensor(images, what).detach().cpu()
-    if pixels.is_complex() or pixels.dim() not in (2, 3, 4) or 0 in pixels.shape:
+    if pixels.is_complex():
+        raise TypeError(f"{what} is complex: pass real values (.abs() or .real)")
+    if pixels.dim() == 4 and len(pixels) == 0:
+        return []
+    if pixels.dim() not in (2, 3, 4) or 0 in pixels.shape:
         raise ValueError(f"{what} of shape {tuple(pixels.shape)}: pass [C, H, W] or [B, C, H, W]")
     batch = _channels_first(pixels, what)
     undo = normalisation(transform) if mean is None and std is None else (mean, std)
@@ -122,11 +126,23 @@ def _normalised(images: Tensor) -> bool:
     return images.is_floating_point() and bool((images < -1e-3).any())
 
 
+def _is_file_or_pil(given: Any) -> bool:
+    return isinstance(given, (str, os.PathLike)) or hasattr(given, "getexif")
+
+
+def _is_nested_numbers(given: Any) -> bool:
+    while isinstance(given, (list, tuple)) and given:
+        given = given[0]
+    return isinstance(given, (int, float))
+
+
 def _opened(image: Any, what: str) -> Tensor:
     """A file or a PIL image -> ``[3, H, W]`` in [0, 1]."""
-    if isinstance(image, Image.Image):
-        opened = image
-    else:
+    from PIL import Image, ImageOps
+    from torchvision.transforms.functional import pil_to_tensor
+
+    opened = image
+    if not isinstance(image, Image.Image):
         if not os.path.isfile(image):
             raise FileNotFoundError(f"{what}: there is no file {os.fspath(image)!r}")
         try:
@@ -202,7 +218,7 @@ def normalisation(transform: Any) -> tuple[Any, Any] | None:
 
 def _per_channel(values: Any, what: str) -> Tensor:
     """A number, or one per channel -> ``[C, 1, 1]``."""
-    given = torch.as_tensor(values if values is not None else torch.nan).float().reshape(-1, 1, 1)
+    given = as_tensor(torch.nan if values is None else values, what).float().reshape(-1, 1, 1)
     if len(given) not in (1, 3) or not given.isfinite().all():
         raise ValueError(f"undoing the normalisation of {what} takes mean= and std=, 1 or 3 values")
     return given

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -346,8 +345,7 @@ def maps_of(
     wide = torch.promote_types(activation.dtype, torch.float32)
     regions = activation.flatten(2) if activation.dim() > 2 else activation[..., None]
     with torch.no_grad(), full_precision(activation.device):
-        plain = replace(rule, centred=False)
-        maps = plain.apply(regions.to(wide), gradients.to(wide), sum_channels=sum_channels)
+        maps = rule.apply(regions.to(wide), gradients.to(wide), sum_channels=sum_channels)
         sums = maps.sum(dim=(2, 3))
         maps = maps - maps.mean(dim=-1, keepdim=True) if rule.centred else maps
         maps = maps.reshape(*maps.shape[:3], *activation.shape[2:])

@@ -57,6 +57,8 @@ class Rule:
     def apply(self, activations: Tensor, gradients: Tensor, *, sum_channels: bool = True) -> Tensor:
         """Activations ``[B, C, R]``, gradients ``[B, k, C, R or 1]`` -> maps ``[B, k, 1 or C, R]``.
 
+        From these, ``centred`` is yet to subtract the mean.
+
         Raises:
             ValueError: If :attr:`weights` returns another shape than it should.
         """
@@ -70,14 +72,12 @@ class Rule:
                 f"{[*wanted, regions]} (B, k, C, R), or {[*wanted, 1]} for one weight per channel"
             )
         if not sum_channels:
-            maps = weights * activations[:, None]
-        elif weights.shape[-1] == 1:
-            maps = torch.bmm(weights[..., 0], activations)[:, :, None]
-        elif weights.shape[1] == 1:  # einsum would take a small product per region
-            maps = (weights * activations[:, None]).sum(dim=2, keepdim=True)
-        else:
-            maps = torch.einsum("bkcr,bcr->bkr", weights, activations)[:, :, None]
-        return maps - maps.mean(dim=-1, keepdim=True) if self.centred else maps
+            return weights * activations[:, None]
+        if weights.shape[-1] == 1:
+            return torch.bmm(weights[..., 0], activations)[:, :, None]
+        if weights.shape[1] == 1:  # einsum would take a small product per region
+            return (weights * activations[:, None]).sum(dim=2, keepdim=True)
+        return torch.einsum("bkcr,bcr->bkr", weights, activations)[:, :, None]
 
 
 def fam_weights(activations: Tensor, gradients: Tensor) -> Tensor:

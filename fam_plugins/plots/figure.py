@@ -55,12 +55,12 @@ def one_picture(image: Any, what: str, **undo: Any) -> Tensor:
     return found[0]
 
 
-def show_image(axis: Axes, image: Tensor, title: str = "") -> None:
+def show_image(axis: Axes, image: Tensor, title: object = "") -> None:
     """Draw an image ``[3, H, W]`` without ticks."""
     axis.imshow(image.permute(1, 2, 0).numpy())
     axis.set_xticks([])
     axis.set_yticks([])
-    axis.set_title(fill(title, 24), fontsize=9, parse_math=False)
+    axis.set_title(fill(str(title), 24), fontsize=9, parse_math=False)
 
 
 def show_text(axis: Axes, text: str, **options: Any) -> None:
@@ -87,7 +87,8 @@ class Overlay:
     def blend(self, values: Tensor, grey: Tensor) -> Tensor:
         """Values and greys in [0, 1] -> colours ``[..., 3]``; both of one shape."""
         share = (values / self.most).clamp(-1, 1)[..., None]
-        colour = torch.where(share < 0, torch.tensor(to_rgb(AGAINST)), torch.tensor(to_rgb(FOR)))
+        ends = torch.tensor([to_rgb(AGAINST), to_rgb(FOR)], dtype=torch.float32, device="cpu")
+        colour = torch.where(share < 0, ends[0], ends[1])
         # Colours of the pure image end where they could be mistaken for those of the map.
         return torch.lerp(
             (0.15 + 0.75 * grey)[..., None].expand(colour.shape), colour, 0.75 * share.abs()
@@ -106,7 +107,8 @@ class Overlay:
             label = "attribution" if rule is None else fill(find_rule(rule).unit, 18)
         scale = ScalarMappable(Normalize(self.least, self.most))
         bar = figure.colorbar(scale, ax=axes, label=label, shrink=0.8, pad=0.02, aspect=25)
-        values = torch.linspace(self.least, self.most, 256)[:, None].expand(-1, 32)
-        colours = self.blend(values, torch.linspace(0, 1, 32).expand_as(values))
+        steps: Any = {"dtype": torch.float32, "device": "cpu"}
+        values = torch.linspace(self.least, self.most, 256, **steps)[:, None].expand(-1, 32)
+        colours = self.blend(values, torch.linspace(0, 1, 32, **steps).expand_as(values))
         extent = (*bar.ax.get_xlim(), self.least, self.most)
         bar.ax.imshow(colours.numpy(), origin="lower", aspect="auto", extent=extent, zorder=2)

@@ -15,14 +15,15 @@ __all__ = ["as_floats", "as_maps", "as_scores", "check_titles"]
 def as_maps(maps: Any, leading: tuple[int, ...], what: str) -> Tensor:
     """Check maps ``[*leading, 1, h, w]`` or without the 1, and return ``[*leading, h, w]``."""
     given = as_floats(maps, what)
-    if not leading:  # also of a batch of one
-        given = given.squeeze(0).squeeze(0) if given.dim() in (3, 4) else given
-    elif given.dim() == len(leading) + 3 and given.shape[-3] == 1:
+    shape = tuple(given.shape)
+    if not leading and given.dim() == 4 and len(given) == 1:  # of a batch of one
+        given = given[0]
+    if given.dim() == len(leading) + 3 and given.shape[-3] == 1:
         given = given.squeeze(-3)
     if tuple(given.shape[:-2]) != leading or given.dim() < 2 or 0 in given.shape:
         wanted = ", ".join(map(str, (*leading, 1, "h", "w")))
         raise ValueError(
-            f"{what} has shape {tuple(torch.as_tensor(maps).shape)}, not [{wanted}]: pass the maps "
+            f"{what} has shape {shape}, not [{wanted}]: pass the maps "
             "as LayerFam returns them, one per image that is shown"
         )
     if not torch.isfinite(given).all():

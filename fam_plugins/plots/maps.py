@@ -171,13 +171,14 @@ def plot_episode(
     rows = _shown(queries, "queries", **undo)
     if references is None and labels is None:
         raise ValueError("references without images need names: labels=[...]")
-    tops: Sequence[Tensor | None] = [None] * len(listed(labels or ()))
+    names = [] if labels is None else listed(labels)
+    tops: Sequence[Tensor | None] = [None] * len(names)
     if references is not None:
         tops = _shown(references, "references", **undo)
+        names = [f"reference {j}" for j in range(len(tops))] if labels is None else names
     shape = (len(rows), len(tops))
     drawn = as_maps(maps, shape, "maps")
     numbers = None if scores is None else as_scores(scores, shape)
-    names = list(range(len(tops))) if labels is None else listed(labels)
     if len(names) != len(tops):
         raise ValueError(
             f"there are {len(names)} labels for {len(tops)} references: give one label each"
@@ -189,7 +190,7 @@ def plot_episode(
         if top is None:
             show_text(axis, str(name), va="bottom")
         else:
-            show_image(axis, top, f"reference {name}" if labels is None else str(name))
+            show_image(axis, top, name)
     for i, row in enumerate(rows):
         show_image(axes[i + 1, 0], row, f"query {i}" if len(rows) > 1 else "query")
         for j in range(len(tops)):

@@ -158,7 +158,6 @@ AMBIGUOUS = [
     (torch.rand(3, 8, 8) * torch.nan, "NaN or infinite"),
     (torch.rand(3), "shape"),
     (torch.rand(3, 0, 8), "shape"),
-    (torch.rand(3, 8, 8) * 1j, "shape|complex"),
 ]
 
 

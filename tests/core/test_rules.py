@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fam_plugins import Rule
+from fam_plugins.core.maps import maps_of
 from fam_plugins.core.references import prototypes
 from fam_plugins.core.rules import RULES, fam_weights, find_rule
 
@@ -49,6 +50,10 @@ def by_loops(rule: str, activations: torch.Tensor, gradients: torch.Tensor) -> t
     return full
 
 
+def finished(rule, activations, gradients, **options):
+    return maps_of(RULES[rule], activations, gradients, smooth=False, **options)[0]
+
+
 @pytest.mark.parametrize("scores", [1, 3])
 @pytest.mark.parametrize("regions", [1, 6])
 @pytest.mark.parametrize("rule", sorted(RULES))
@@ -58,22 +63,22 @@ class TestRule:
         a, g = tensors(regions, scores)
         g = g[..., :1] if pooled else g
         expected = by_loops(rule, a, g)
-        full = RULES[rule].apply(a, g, sum_channels=False)
+        full = finished(rule, a, g, sum_channels=False)
         torch.testing.assert_close(full, expected, rtol=1e-12, atol=1e-12)
-        summed = RULES[rule].apply(a, g)
+        summed = finished(rule, a, g)
         assert summed.shape == (2, scores, 1, regions)
         torch.testing.assert_close(summed, expected.sum(2, keepdim=True), rtol=1e-12, atol=1e-12)
 
     def test_permuting_channels_changes_nothing(self, rule, regions, scores):
         a, g = tensors(regions, scores)
         order = torch.randperm(4)
-        permuted = RULES[rule].apply(a[:, order], g[:, :, order])
-        torch.testing.assert_close(permuted, RULES[rule].apply(a, g))
+        permuted = finished(rule, a[:, order], g[:, :, order])
+        torch.testing.assert_close(permuted, finished(rule, a, g))
 
     def test_memory_layout_changes_nothing(self, rule, regions, scores):
         a, g = tensors(regions, scores)
         moved = a.transpose(0, -1).contiguous().transpose(0, -1)
-        torch.testing.assert_close(RULES[rule].apply(moved, g), RULES[rule].apply(a, g))
+        torch.testing.assert_close(finished(rule, moved, g), finished(rule, a, g))
 
 
 @pytest.mark.parametrize("tag", ["relu", "signed"])
@@ -107,7 +112,7 @@ def test_a_map_computed_by_hand():
         ("centred", [-0.5, 0.5]),
         ("gradcam", [3.0, 4.0]),
     ):
-        torch.testing.assert_close(RULES[rule].apply(a, g), torch.tensor([[[expected]]]))
+        torch.testing.assert_close(finished(rule, a, g), torch.tensor([[[expected]]]))
 
 
 def test_constant_contributions_weigh_every_channel_alike():
@@ -129,7 +134,7 @@ def test_fam_is_the_weighted_sum_minus_the_channel_sum():
 
 def test_centred_sums_to_zero_and_additive_to_the_contributions():
     a, g = tensors()
-    assert RULES["centred"].apply(a, g).sum(dim=(2, 3)).abs().max() < 1e-12
+    assert finished("centred", a, g).sum(dim=(2, 3)).abs().max() < 1e-12
     shares = RULES["additive"].apply(a, g).sum(dim=(2, 3))
     torch.testing.assert_close(shares, (a[:, None] * g).sum(dim=(2, 3)))
 

@@ -105,7 +105,10 @@ TAILS = of(
 TAILS += of(
     "core/maps.py",
     "core/test_choose_layer.py core/test_decompose.py",
-    ("plain = replace(rule, centred=False)", "plain = rule"),
+    (
+        "sums = maps.sum(dim=(2, 3))",
+        "sums = (maps - maps.mean(dim=-1, keepdim=True)).sum(dim=(2, 3))",
+    ),
     ("self.sums.append(torch.stack(sums).sum(dim=0))", "self.sums.append(sums[-1])"),
 )
 TAILS += of(
@@ -548,26 +551,70 @@ INTEROP = [
 ]  # fmt: skip
 
 PLOTS = of(
-    "plots.py",
+    "plots/maps.py",
     "test_plots.py",
-    ('((1, "in the query"), (2, "in the hit"))', '((2, "in the query"), (1, "in the hit"))'),
-    ("vmax=high, alpha=0.5", "vmax=high, alpha=1.0"),
-    ("axis.imshow(image, cmap=\"gray\", vmin=0, vmax=1)", 'axis.imshow(image, cmap="gray")'),
+    ('"in the query": [asked] * len(found), "in the hit": found',
+     '"in the hit": [asked] * len(found), "in the query": found'),
+    ("numbers[i].argmax()", "numbers[i].argmin()"),
+    ("and not os.path.isfile(query)", ""),
+)  # fmt: skip
+PLOTS += of(
+    "plots/figure.py",
+    "test_plots.py",
+    ("0.75 * share.abs()", "share.abs()"),
+    ("share < 0, ends", "share > 0, ends"),
     ("aspect = max(image.shape", "aspect = min(image.shape"),
-    ("if pixels.min() < -1e-3 or pixels.max() > 1 + 1e-3:",
-     "if pixels.min() < -1e-1 or pixels.max() > 1 + 1e-1:"),
+    ('origin="lower"', 'origin="upper"'),
+    ("self.blend(values, torch.linspace(0, 1, 32, **steps).expand_as(values))",
+     "self.blend(values, torch.ones_like(values))"),
+    ("    def _repr_png_", "    def _repr_jpeg_"),
+)  # fmt: skip
+
+IMAGES = of(
+    "core/images.py",
+    "core/test_images.py",
+    ("opened = ImageOps.exif_transpose(opened)", "pass"),
+    ("if first and last:", "if False:"),
+    ("return batch if first else batch.movedim(-1, 1)", "return batch"),
+    ("batch = batch.float() * scale + center", "batch = (batch.float() + center) * scale"),
+    ("if low >= 0 and 16 <= high <= 255:", "if low >= 0 and 2 <= high <= 255:"),
+    ("reversed(found_inside)", "found_inside[:1]"),
+    ("if transform is not None and not (", "if False and not ("),
+    ("isinstance(images, Tensor) and _normalised(images):\n        raise", "False:\n        raise"),
+)  # fmt: skip
+
+HITS = of(
+    "hits.py",
+    "test_hits.py",
+    ("both.a.explain(both.alike(hit))", "both.a.explain(both.alike(hit.flip(1)))"),
+    ("both.b.explain(both.alike(both.a.point", "both.b.explain(both.alike(both.b.point"),
+)  # fmt: skip
+HITS += of(
+    "pair.py",
+    "test_hits.py",
+    ("missing = margins - maps.sum(dim=(1, 2, 3))", "missing = -threshold + 0 * margins"),
+    ("self.score >= threshold", "self.score > threshold"),
+    ("if index is None and len(self.score) > 1:", "if False:"),
+)  # fmt: skip
+HITS += of(
+    "verification.py",
+    "test_hits.py",
+    ("np.abs(accepted - rejected).argmin()", "np.abs(accepted).argmin()"),
+    ("accepted <= false_accept_rate)[-1]", "accepted <= false_accept_rate)[0]"),
+    ("threshold = (threshold + below.max()) / 2", "threshold = below.max()"),
+    ("if at and len(below):", "if len(below):"),
 )  # fmt: skip
 
 PAIR = of(
-    "pair.py",
+    "core/side.py",
     "test_pair.py",
     ("    with eval_mode(encoder):\n", "    if True:\n"),
     ("score(how, mine[None], other[None], contrast)[0]", "score(how, mine[None], other[None])[0]"),
-    ("reshape_transform, regions=1, ", "reshape_transform, "),
+    ('options: Any = {"regions": 1, ', "options: Any = {"),
     ("against = reduced(how, side(contrast).point)",
      "against = embed_contrast(encoder, contrast, how)"),
     ("like(embeddings) - unlike(embeddings)", "unlike(embeddings) - like(embeddings)"),
-    ("_pairwise(how, other.point, against)", "_pairwise(how, other.point)"),
+    ("partial(pairwise, how, contrast=against)", "partial(pairwise, how)"),
     ("constant = of(torch.zeros_like(self.point))", "constant = 0 * of(self.point)"),
     ("with self._one.replayed(), torch.no_grad():", "with torch.no_grad():"),
 )  # fmt: skip
@@ -670,5 +717,5 @@ DATASET = of(
 MUTANTS = [
     *SIMILARITY, *SCORES, *REFERENCES, *CONTRAST, *OWN_NORM, *TAILS, *DECOMPOSE, *SMOOTH, *RULES,
     *MAPS, *MANY, *LAYER_PASS, *TRANSFORMS, *ENCODERS, *OTHERS_OF_CORE, *CAPTUM, *GRAD_CAM, *CAPE,
-    *INTEROP, *PLOTS, *PAIR, *QUALITY, *EXPORT, *DATASET,
+    *INTEROP, *IMAGES, *PLOTS, *HITS, *PAIR, *QUALITY, *EXPORT, *DATASET,
 ]  # fmt: skip
