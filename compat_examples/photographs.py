@@ -186,6 +186,7 @@ def measure(network: Network, fields: dict[str, Tensor], references: dict[str, T
         "centred, contrast others, smoothed": ("centred", "others", True),
         "centred, contrast others": ("centred", "others", False),
         "centred": ("centred", None, False),
+        "Grad-CAM, contrast others, smoothed": ("gradcam", "others", True),
         "Grad-CAM, contrast others": ("gradcam", "others", False),
         "Grad-CAM": ("gradcam", None, False),
         "the published rule": ("fam", None, False),
