@@ -10,30 +10,30 @@
   :func:`fam_plugins.quality.evaluate` measures maps on your own images and encoder;
   :mod:`fam_plugins.interop` fits evaluation harnesses and few-shot libraries.
 
-The two tools load on first use of their adapter; importing this package loads neither.
+Everything loads on first use; importing this package loads neither of the two tools, nor torch.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
-
-from fam_plugins.core.frozen_tail import frozen_tail
-from fam_plugins.core.images import load_images
-from fam_plugins.core.references import gallery_mean, prototypes
-from fam_plugins.core.rules import Rule
-from fam_plugins.core.scores import frozen_scores
-from fam_plugins.core.similarity import Similarity
-from fam_plugins.core.similarity_model import SimilarityModel
-from fam_plugins.core.transforms import channels_last_to_map, infer_transform, tokens_to_map
-from fam_plugins.hits import HitsExplanation, explain_hits
-from fam_plugins.interop.easyfsl import from_easyfsl
-from fam_plugins.pair import PairExplanation, explain_pair
-from fam_plugins.verification import Calibration, calibrate_threshold
 
 if TYPE_CHECKING:
     from fam_plugins.captum import LayerCape, LayerFam
+    from fam_plugins.core.frozen_tail import frozen_tail
+    from fam_plugins.core.images import load_images
+    from fam_plugins.core.references import gallery_mean, prototypes
+    from fam_plugins.core.rules import Rule
+    from fam_plugins.core.scores import frozen_scores
+    from fam_plugins.core.similarity import Similarity
+    from fam_plugins.core.similarity_model import SimilarityModel
+    from fam_plugins.core.transforms import channels_last_to_map, infer_transform, tokens_to_map
     from fam_plugins.grad_cam import CAPE, FAM, SimilarityTarget
+    from fam_plugins.hits import HitsExplanation, explain_hits
+    from fam_plugins.interop.easyfsl import from_easyfsl
+    from fam_plugins.pair import PairExplanation, explain_pair
+    from fam_plugins.verification import Calibration, calibrate_threshold
 
 # Without the submodules: ``from fam_plugins import *`` must not rebind a user's ``captum``.
 __all__ = [
@@ -64,13 +64,22 @@ __all__ = [
 
 __version__ = "0.1.0"
 
+# Loaded on first use: a command that only says what is wrong must not wait for torch.
+_HOMES = (
+    "core.frozen_tail", "core.images", "core.references", "core.rules", "core.scores",
+    "core.similarity_model", "core.transforms", "hits", "pair", "verification", "interop.easyfsl",
+)  # fmt: skip
+
 
 def __getattr__(name: str) -> Any:
     if name in ("LayerCape", "LayerFam"):
         return getattr(import_module(f"{__name__}.captum"), name)
     if name in ("CAPE", "FAM", "SimilarityTarget"):
         return getattr(import_module(f"{__name__}.grad_cam"), name)
-    if name in ("cape", "captum", "grad_cam", "plots", "quality"):
+    if name in __all__:
+        homes = (vars(import_module(f"{__name__}.{home}")) for home in _HOMES)
+        return globals().setdefault(name, next(home[name] for home in homes if name in home))
+    if find_spec(f"{__name__}.{name}"):
         return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -3,14 +3,15 @@
     python -m pytest -p tests.no_skips
 
 An extra that stops importing, or a class that a partner renames, makes tests vanish without a sign;
-here it shows. Doctests that say ``+SKIP`` themselves are exempt, and what needs a GPU.
+here it shows. Doctests that say ``+SKIP`` themselves are exempt, and what needs a GPU or a
+browser.
 """
 
 from __future__ import annotations
 
 import pytest
 
-EXEMPT = "+SKIP", "needs CUDA"
+EXEMPT = "+SKIP", "needs CUDA", "no browser"
 
 
 def _unexpected(terminal: pytest.TerminalReporter) -> list[str]:

@@ -27,6 +27,14 @@ def test_importing_loads_neither_partner():
     assert heavy.strip() == "[]"
 
 
+def test_importing_loads_no_torch_until_a_name_is_used():
+    out = run(
+        "import sys, fam_plugins; print('torch' in sys.modules)\n"
+        "from fam_plugins import *; print(SimilarityModel.__name__, 'torch' in sys.modules)"
+    )
+    assert out.split() == ["False", "SimilarityModel", "True"]
+
+
 @pytest.mark.parametrize(
     ("missing", "use", "fix", "other"),
     [

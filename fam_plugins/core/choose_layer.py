@@ -19,7 +19,7 @@ from fam_plugins.core.eval_mode import eval_mode
 from fam_plugins.core.layer_pass import fits_image
 from fam_plugins.core.messages import warn_once
 
-__all__ = ["choose_layer"]
+__all__ = ["choose_layer", "follow"]
 
 
 class Cut(NamedTuple):
@@ -46,7 +46,7 @@ def choose_layer(model: object, layer: Any, forward: Callable[[Tensor], Any], im
         return layer
     usual = isinstance(images, Tensor) and images.is_floating_point() and images.dim() > 2
     usual = usual and not any(name.endswith("_orig_mod") for name in names.values())
-    end, cuts = _follow(root, names, forward, images[:1]) if names and usual else (images, [])
+    end, cuts = follow(root, names, forward, images[:1]) if names and usual else (images, [])
     first = next((i for i, cut in enumerate(cuts) if cut.tokens or layer is None), None)
     if first is None:
         what = "patch tokens [B, T, C]" if layer else "a map [B, C, h, w] or tokens [B, T, C]"
@@ -78,7 +78,7 @@ def choose_layer(model: object, layer: Any, forward: Callable[[Tensor], Any], im
     return cuts[max(middle, joins, 0)].layer
 
 
-def _follow(
+def follow(
     root: nn.Module, names: dict[nn.Module, str], forward: Callable[[Tensor], Any], image: Tensor
 ) -> tuple[Any, list[Cut]]:
     """The output of a pass and what all of it follows from, first to run first."""
