@@ -23,6 +23,7 @@ import digits as digits_data
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.colors import LinearSegmentedColormap
 
 from fam_plugins import LayerFam, SimilarityModel
 from fam_plugins.dataset import explain_dataset, read_maps
@@ -88,15 +89,22 @@ def main() -> None:
         "taken for another:", *(f"{name} for {label} ({score})" for name, label, score in wrong[:5])
     )
 
-    figure, axes = plt.subplots(2, 10, figsize=(12, 2.8))
     maps = np.stack([row["map"].astype(np.float32) for row in found])
-    most = max(float(abs(maps[of == k].mean(0)).max()) for k in range(10))
-    for k, (above, below) in enumerate(axes.T):
-        above.imshow(images[torch.from_numpy(np.flatnonzero(of == k))].mean((0, 1)), cmap="gray_r")
-        below.imshow(maps[of == k].mean(0), cmap="RdYlGn", vmin=-most, vmax=most)
-        above.set_title(f"{k}: {(best[of == k] == k).mean():.0%}", fontsize=9)
-        above.axis("off"), below.axis("off")
+    mean_maps = np.stack([maps[of == k].mean(0) for k in range(10)])
+    figure = plt.figure(figsize=(9, 7.6), layout="constrained")
     figure.suptitle(f"Mean image and mean map of {len(found)} held-out digits, read from Parquet")
+    axes = figure.subplots(4, 5)
+    # As the package's plots colour it: green raises the score, red lowers it.
+    colours = LinearSegmentedColormap.from_list("signed", ["#f02020", "white", "#00a030"])
+    most = abs(mean_maps).max()
+    for k in range(10):
+        above, below = axes[k // 5 * 2 : k // 5 * 2 + 2, k % 5]
+        above.imshow(images[torch.from_numpy(np.flatnonzero(of == k))].mean((0, 1)), cmap="gray_r")
+        drawn = below.imshow(mean_maps[k], cmap=colours, vmin=-most, vmax=most)
+        above.set_title(f"{k}: {(best[of == k] == k).mean():.0%} recognised", fontsize=10)
+    for axis in axes.flat:
+        axis.set_xticks([]), axis.set_yticks([])
+    figure.colorbar(drawn, ax=axes, label="share of the score in a region, mean", shrink=0.6)
     target = args.out / "dataset_to_parquet.png"
     figure.savefig(target, dpi=110)
     print(f"wrote {target}")

@@ -21,7 +21,7 @@ from sklearn.datasets import load_sample_image
 from torch import Tensor
 from torchvision.transforms import functional as T
 
-from fam_plugins import LayerFam, SimilarityModel, explain_pair
+from fam_plugins import LayerFam, SimilarityModel, explain_hits
 from fam_plugins.plots import plot_retrieval
 
 HITS = 4
@@ -78,13 +78,10 @@ def main() -> None:
     maps = LayerFam(model, layer, rule="centred").attribute_references(images, hits)
     single = LayerFam(model, layer, rule="centred").attribute(images, target=found[0])
     gap = float((maps[:, 0] - single).abs().max() / single.abs().max())
-    hit_maps = [
-        explain_pair(
-            encoder, layer, images, given.pixel_values[[row]].to(args.device),
-            rule="centred", contrast=model.references,
-        ).map_b
-        for row in hits[0].tolist()
-    ]  # fmt: skip
+    explained = explain_hits(
+        encoder, layer, images, given.pixel_values[hits[0].cpu()].to(args.device),
+        rule="centred", contrast=model.references,
+    )  # fmt: skip
 
     print(f"{'a small model, random weights' if args.random else args.model}, layer {layer}")
     print(f"crops whose nearest crop is of the same photograph: {sum(same)} of {len(same)}\n")
@@ -97,7 +94,7 @@ def main() -> None:
 
     shown = gallery[hits[0].cpu()]
     figure = plot_retrieval(
-        query[0], shown, maps[0], torch.cat(hit_maps), scores[0], rule="centred"
+        query[0], shown, maps[0], explained.hit_maps, scores[0], captions=found, rule="centred"
     )
     if args.random:
         figure.suptitle(hub.RANDOM, fontsize=10)

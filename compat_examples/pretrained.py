@@ -27,12 +27,13 @@ class Photograph:
     shown: Tensor
 
 
-def arguments(description: str) -> argparse.Namespace:
+def arguments(description: str, *, image: bool = True) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the picture")
-    parser.add_argument(
-        "--image", default="china.jpg", help="a file, or scikit-learn's china.jpg or flower.jpg"
-    )
+    if image:
+        parser.add_argument(
+            "--image", default="china.jpg", help="a file, or scikit-learn's china.jpg or flower.jpg"
+        )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
         "--weights", type=Path, help="a state dict of MobileNetV2; downloaded if not given"

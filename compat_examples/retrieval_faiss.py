@@ -25,8 +25,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from fam_plugins import LayerFam, SimilarityModel, explain_pair
-from fam_plugins.plots import plot_retrieval
+from fam_plugins import LayerFam, SimilarityModel, explain_hits
 
 
 def search(gallery: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, str]:
@@ -92,13 +91,9 @@ def main() -> None:
         print(f"  {sum(found) / len(found):.2f}  {name}")
 
     hits = images[indices[0]]
-    pairs = explain_pair(
-        encoder, encoder.features, query.expand(5, -1, -1, -1), hits, rule="centred", contrast=mean
-    )
-    figure = plot_retrieval(
-        query[0], hits, maps[0], pairs.map_b, pairs.score,
-        rule="centred",
-    )  # fmt: skip
+    explained = explain_hits(encoder, encoder.features, query, hits, rule="centred", contrast=mean)
+    names = [f"a {label}" for label in digits.train_labels[indices[0]].tolist()]
+    figure = explained.plot(captions=names)
     target = args.out / "retrieval_faiss.png"
     figure.savefig(target, dpi=110)
     print(f"wrote {target}")
@@ -106,9 +101,9 @@ def main() -> None:
     published, centred = (sum(found) / len(found) for found in shares.values())
     assert centred > 0.4, f"only {centred:.2f} of the energy is on the digit that the hit shows"
     assert centred > published + 0.1, "centred finds the hit's digit no better than fam"
-    # Both sides of the last mosaic: the picture explains the query's maps a second time.
-    apart = float((pairs.map_a - maps[0]).abs().max() / maps.abs().max())
-    assert apart < 1e-3, f"explain_pair's maps of the query are {apart:.0e} away from LayerFam's"
+    # The picture explains the query of the last mosaic a second time.
+    apart = float((explained.query_maps - maps[0]).abs().max() / maps.abs().max())
+    assert apart < 1e-3, f"explain_hits' maps of the query are {apart:.0e} away from LayerFam's"
 
 
 if __name__ == "__main__":

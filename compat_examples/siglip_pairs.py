@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 
 from fam_plugins import SimilarityModel, explain_pair
-from fam_plugins.plots import plot_pair
 
 
 def small_model() -> str:
@@ -50,8 +49,8 @@ def main() -> None:
     # The norm in front of the attention pooling: explain_pair(encoder, None, ...) finds it as well.
     layer = "vision_model.post_layernorm"
     pair = explain_pair(
-        siglip, layer, a.pixel_values, b.pixel_values, rule="centred",
-        contrast=SimilarityModel(siglip, b).references,
+        siglip, layer, 2 * hub.pictures(query), hub.pictures(photos), transform=processor,
+        rule="centred", contrast=SimilarityModel(siglip, b).references,
     )  # fmt: skip
     with torch.no_grad():
         z = [F.normalize(SimilarityModel(siglip, part).references) for part in (a, b)]
@@ -66,10 +65,7 @@ def main() -> None:
         energy = "-" if args.random else f"{hub.energy_on(row, pair.map_a[row, 0]):.2f}"
         print(f"| {photo.split('.')[0]} | {float(pair.score[row]):+.4f} | {energy} |")
 
-    figure = plot_pair(
-        query[0], photos[0], pair.map_a[0], pair.map_b[0], score=pair.score[0],
-        titles=("both", "temple"), rule="centred",
-    )  # fmt: skip
+    figure = pair.plot(0, titles=("both", "temple"))
     if args.random:
         figure.suptitle(hub.RANDOM, fontsize=10)
     figure.savefig(args.out / "siglip_pairs.png", dpi=110)

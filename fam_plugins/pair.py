@@ -178,7 +178,7 @@ def explain_pair(
     large where a region speaks for ``a`` and not for ``b``. Under cosine it sums to 1 - cosine.
 
     Args:
-        encoder: Images ``[B, ...]`` -> embeddings ``[B, D]``, run in eval mode; its training mode
+        encoder: As for :class:`~fam_plugins.SimilarityModel`, run in eval mode; its training mode
             is then restored.
         layer: The layer whose output ``[B, C, h, w]`` is explained, or its name; ``"patches"``, or
             ``None`` to have it found, as in :class:`~fam_plugins.LayerFam`.

@@ -7,6 +7,7 @@ import json
 import math
 import re
 from contextlib import nullcontext
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -210,6 +211,18 @@ def test_image_folder(tmp_path, capsys):
     assert (tmp_path / "out" / "map_quality.png").stat().st_size > 10_000
     with pytest.raises(ValueError, match="ConvNet"):
         last_map(nn.Flatten(), torch.zeros(1, 3, 4, 4))
+
+
+def test_weights_that_cannot_be_downloaded_are_one_sentence(tmp_path, monkeypatch):
+    def offline(*_, **__):
+        raise URLError("Name or service not known")
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
+    arguments = ["--image-folder", str(tmp_path), "--arch", "resnet18", "--out", str(tmp_path)]
+    with pytest.raises(SystemExit, match=r"resnet18 .* \(Name or .*\): pass a state dict") as exit:
+        map_quality.main(arguments)
+    assert exit.value.__suppress_context__
 
 
 def test_the_whole_benchmark_in_miniature(tmp_path, capsys):

@@ -175,6 +175,19 @@ def test_an_encoder_in_training_runs_in_eval_mode_and_is_given_back(embedding, c
         assert torch.equal(getattr(pair, name), getattr(expected, name))
 
 
+def test_one_pair_in_training_is_scored_as_in_eval_mode():
+    """Where a batch norm in training would refuse a single value a channel."""
+    images = torch.rand(2, 3, 4, 4)
+    net = nn.Sequential(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(3), nn.Flatten())
+    expected = explain_pair(net.eval(), "0", images[:1], images[1:])
+    before = State.of(net.train())
+    found = explain_pair(net, "0", images[:1], images[1:])
+    before.assert_unchanged(net)
+    assert net.training
+    assert torch.equal(found.score, expected.score)
+    assert torch.equal(found.map_a, expected.map_a)
+
+
 def test_a_function_of_the_user_with_a_contrast():
     def bent(z, t):
         return (z @ t.T).tanh()

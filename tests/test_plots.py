@@ -95,7 +95,8 @@ def test_every_colour_of_a_map_is_on_the_bar():
     image = torch.arange(64).reshape(8, 8) / 63
     figure = plot_map(image, maps(4, 4))
     bar, low, high = layers(figure.axes[-1])[-1], *scale(figure)
-    assert figure.axes[-1].get_images()[-1].get_extent()[2:] == [low, high]
+    drawn = figure.axes[-1].get_images()[-1]
+    assert (drawn.get_extent()[2:], drawn.origin) == ([low, high], "lower")
     colours = layers(figure.axes[1])[0].reshape(-1, 3)
     gaps = np.abs(colours[:, None] - bar.reshape(1, -1, 3)).max(axis=-1).min(axis=1)
     assert gaps.max() < 0.015  # the steps of the bar

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor
 
 from fam_plugins.cape.model import CapeModel
 from fam_plugins.core.eval_mode import place_of
+from fam_plugins.core.references import batch_parts
+from fam_plugins.core.scores import check_floats
 
 __all__ = ["FeatureCache", "feature_batches"]
 
@@ -21,8 +23,8 @@ def feature_batches(
     """Yield per batch the feature map, the model's own logits and what follows the images."""
     number = -1
     for number, batch in enumerate(loader):
-        images, *rest = batch if isinstance(batch, (tuple, list)) and batch else (batch,)
-        _check_images(images, f"batch {number} of the loader")
+        images, *rest = batch_parts(batch, where := f"batch {number} of the loader")
+        _check_images(images, where)
         yield *_computed(model, images), tuple(rest)
     if number < 0:
         raise ValueError("the loader is empty: check the data set, drop_last and used-up iterators")
@@ -30,12 +32,7 @@ def feature_batches(
 
 def _check_images(images: Any, where: str) -> None:
     """Refuse what is not a batch of finite images ``[B, C, H, W]`` or volumes."""
-    if not isinstance(images, Tensor):
-        kind = type(images).__name__
-        hint = ", as [(b['image'], b['label']) for b in loader]" * isinstance(images, Mapping)
-        raise TypeError(f"{where} starts with a {kind}: yield images or (images, labels){hint}")
-    if not images.is_floating_point():
-        raise TypeError(f"{where}: images are {images.dtype}; scale them, images.float() / 255")
+    check_floats(images, f"images of {where}")
     if images.dim() not in (4, 5) or images.numel() == 0:
         raise ValueError(
             f"{where}: images must be a batch [B, C, H, W], not {tuple(images.shape)}; wrap the "

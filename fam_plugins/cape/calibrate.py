@@ -71,8 +71,8 @@ def calibrate_temperature(
 
     Args:
         model: A model with a fitted head; t1, t2, t3 of the head are changed in place.
-        loader: Yields ``(images, labels)``, held out from fitting, preprocessed as the model
-            expects; labels are class indices ``[B]``.
+        loader: Yields ``(images, labels)``, or dicts with ``label``, ``labels`` or ``target``, held
+            out from fitting, preprocessed as the model expects; labels are class indices ``[B]``.
         bounds: Range of ``d`` to search, around 0; a best shift at its end is warned of.
 
     Returns:

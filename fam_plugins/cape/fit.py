@@ -80,8 +80,8 @@ def fit_cape_head(
 
     Args:
         model: What :func:`with_cape_head` returned.
-        loader: Yields images ``[B, C, H, W]`` or tuples that start with them, preprocessed as the
-            model expects; moved to the model's device and type.
+        loader: Yields images ``[B, C, H, W]``, or tuples or dicts as :func:`gallery_mean` takes,
+            preprocessed as the model expects; moved to the model's device and type.
         epochs: How many epochs in all, those of a resumed checkpoint included; at least 1.
         lr: Learning rate of SGD, above 0.
         momentum: Momentum of SGD, in [0, 1).

@@ -8,11 +8,41 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Output", "image_call", "is_open_clip", "pick_embeddings", "pixels_of"]
+from fam_plugins.core.eval_mode import check_module
+
+__all__ = ["Output", "as_encoder", "image_call", "is_open_clip", "pick_embeddings", "pixels_of"]
 
 Output = str | Callable[[Any], Tensor] | None
+
+
+class _UnitLength(nn.Module):
+    """Embeddings divided by their length, as an InferenceModel returns them."""
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        return F.normalize(embeddings)
+
+
+def as_encoder(given: Any) -> Any:
+    """The module in what a user gives as an encoder, refused if it embeds no images.
+
+    pytorch-metric-learning's ``{"trunk": ..., "embedder": ...}`` or InferenceModel becomes one
+    module of the same layers, ``trunk.*`` and ``embedder.*``.
+    """
+    parts = dict(given) if hasattr(type(given), "keys") else getattr(given, "__dict__", {})
+    if "trunk" in parts:
+        given = nn.Sequential()
+        for name in [name for name in ("trunk", "embedder") if parts.get(name) is not None]:
+            check_module(parts[name], f"the encoder's {name}")
+            given.add_module(name, parts[name])
+        if parts.get("normalize_embeddings"):
+            given.add_module("normalize", _UnitLength())
+        given.training = parts["trunk"].training
+    check_module(given, "encoder", ' or {"trunk": ..., "embedder": ...}')
+    image_call(given)
+    return given
 
 
 def image_call(encoder: Any) -> Any:

@@ -18,13 +18,13 @@ _held: dict[nn.Module, int] = {}
 """How many blocks hold a module in eval mode that is in training mode by itself."""
 
 
-def check_module(module: object, what: str = "the model") -> None:
+def check_module(module: object, what: str = "the model", others: str = "") -> None:
     """Refuse a function, a name or a class where a module is needed."""
     if not isinstance(module, nn.Module):
         kind = "a class" if isinstance(module, type) else type(module).__name__
         raise TypeError(
-            f"{what} must be a torch.nn.Module, not {kind}: build it first, and wrap a function in "
-            "a module whose forward calls it"
+            f"{what} must be a torch.nn.Module{others}, not {kind}: build it first, and wrap a "
+            "function in a module whose forward calls it"
         )
 
 

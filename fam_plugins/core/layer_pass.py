@@ -219,7 +219,7 @@ def find_layer(model: object, layer: nn.Module | str | None) -> tuple[nn.Module,
     if not isinstance(layer, str):
         raise TypeError(
             "layer must be a module such as model.layer4, or its name 'layer4', not a "
-            f"{type(layer).__name__}"
+            f"{type(layer).__name__}: explain several layers one after the other"
         )
     if not isinstance(root, nn.Module):
         raise ValueError(

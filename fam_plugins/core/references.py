@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fam_plugins.core.contrast import GalleryMean, check_averages, mean_of, reduced
-from fam_plugins.core.encoders import pixels_of
-from fam_plugins.core.eval_mode import check_module, eval_mode, place_of
+from fam_plugins.core.encoders import as_encoder, pixels_of
+from fam_plugins.core.eval_mode import eval_mode, place_of
 from fam_plugins.core.gallery import Gallery, is_on_disk
 from fam_plugins.core.messages import with_progress
 from fam_plugins.core.scores import check_embeddings, check_floats, embed
@@ -20,17 +20,19 @@ from fam_plugins.core.similarity import Similarity, as_similarity, unit_length
 __all__ = [
     "as_tensor",
     "at_home",
+    "batch_parts",
     "embed_contrast",
     "embed_once",
     "gallery_mean",
     "listed",
     "prototypes",
 ]
+_NAMES = ("image", "images", "img", "pixel_values"), ("label", "labels", "target")
 
 
 def prototypes(
     embeddings: Tensor,
-    labels: Iterable[Hashable] | Tensor,
+    labels: Iterable[Hashable] | Tensor | None = None,
     similarity: str | Similarity | Callable[..., Tensor] = "cosine",
 ) -> Tensor:
     """Average the supports of each class into one reference.
@@ -40,7 +42,7 @@ def prototypes(
     1703.05175).
 
     Args:
-        embeddings: Supports ``[S, D]``.
+        embeddings: Supports ``[S, D]``; or ``[N, K, D]``, ``K`` of each class, without labels.
         labels: One label each; any hashable values, not necessarily 0, 1, 2.
         similarity: The similarity they will be used with.
 
@@ -58,10 +60,13 @@ def prototypes(
     """
     chosen = as_similarity(similarity)
     check_floats(embeddings, "supports")
+    if labels is None and embeddings.dim() == 3:
+        labels = np.arange(len(embeddings)).repeat(embeddings.shape[1])
+        embeddings = embeddings.flatten(0, 1)
     if embeddings.dim() != 2 or len(embeddings) == 0:
-        shape = tuple(embeddings.shape)
-        raise ValueError(f"supports must be a tensor [S, D] with at least one row, not {shape}")
-    names = listed(labels, len(embeddings))
+        hint = f"of at least one row, or [N, K, D] without labels, not {tuple(embeddings.shape)}"
+        raise ValueError(f"supports must be a tensor [S, D] {hint}")
+    names = listed(() if labels is None else labels, len(embeddings))
     supports = embeddings.detach()
     check_embeddings(supports, what="support")
     if chosen.scale_free:
@@ -112,12 +117,12 @@ def gallery_mean(
     is for a gallery that is embedded already.
 
     Args:
-        encoder: Images ``[B, ...]`` -> embeddings ``[B, D]``; run in eval mode, without gradient.
+        encoder: As for :class:`~fam_plugins.SimilarityModel`; run in eval mode, without gradient.
             Its training mode is then restored.
-        loader: Batches of images, or tuples or lists whose first entry are the images, such as a
-            :class:`torch.utils.data.DataLoader` gives. Batches are moved to the encoder's device
-            and dtype. Its ``len``, if any, sets the length of the progress bar. Or embeddings
-            ``[M, D]``, a tensor or an array; a memory-mapped one is read in parts.
+        loader: Batches of images, tuples or lists that start with them, or dicts of ``image``,
+            ``images``, ``img`` or ``pixel_values``, moved to the encoder's device and dtype. Its
+            ``len``, if any, sets the length of the progress bar. Or embeddings ``[M, D]``, a
+            tensor or an array; a memory-mapped one is read in parts.
         similarity: What the mean will be used with.
 
     Raises:
@@ -135,10 +140,10 @@ def gallery_mean(
     chosen = as_similarity(similarity)
     check_averages(chosen)
     if loader is None:
-        if isinstance(encoder, nn.Module):
+        if isinstance(encoder, (nn.Module, Mapping)):
             raise TypeError("there is no gallery: pass gallery_mean(encoder, loader)")
         encoder, loader = nn.Identity(), encoder
-    check_module(encoder, "encoder")
+    encoder = as_encoder(encoder)
     with eval_mode(encoder):
         return mean_of(chosen, _gallery(encoder, loader))
 
@@ -155,7 +160,7 @@ def _gallery(encoder: nn.Module, loader: Any) -> Iterator[Tensor]:
         kind = type(loader).__name__
         raise TypeError(f"a {kind} gives no batches: pass a DataLoader, or embeddings [M, D]")
     for batch in with_progress(loader, "averaging the gallery"):
-        found = embed(encoder, at_home(_images(batch), encoder, "images of the loader"))
+        found = embed(encoder, at_home(batch_parts(batch)[0], encoder, "images of the loader"))
         check_embeddings(found, what="gallery embedding")
         yield found
 
@@ -250,13 +255,18 @@ def at_home(given: Tensor, encoder: nn.Module, what: str) -> Tensor:
     return given.detach().to(device=device, dtype=dtype or given.dtype)
 
 
-def _images(batch: Any) -> Tensor:
-    first = batch[0] if isinstance(batch, (tuple, list)) and len(batch) > 0 else batch
-    if isinstance(first, Mapping) and "pixel_values" in first:
-        first = pixels_of(first)[0]
-    if not isinstance(first, Tensor):
+def batch_parts(batch: Any, where: str = "the loader") -> tuple[Any, ...]:
+    """A batch's images (it is them, starts with them or names them), then what comes with them."""
+    images, *rest = batch if isinstance(batch, (tuple, list)) and batch else (batch,)
+    found = f"a {type(images).__name__}"
+    if isinstance(images, Mapping):
+        found = f"a dict of {', '.join(map(repr, images)) or 'nothing'}"
+        pixels, labels = ([name for name in kind if name in images] for kind in _NAMES)
+        if len(pixels) == 1 and len(labels) < 2:
+            images, *rest = images[pixels[0]], *(images[name] for name in labels), *rest
+    if not isinstance(images, Tensor):
         raise TypeError(
-            f"the loader gives {type(first).__name__}: it must give image tensors, or tuples whose "
-            "first entry is one; for others, (batch['image'] for batch in loader)"
+            f"{where} gives {found}: it must give image tensors, tuples that start with one, or "
+            f"dicts with one of {_NAMES[0]} and at most one of {_NAMES[1]}"
         )
-    return first
+    return (images, *rest)

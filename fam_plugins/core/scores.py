@@ -22,7 +22,7 @@ from fam_plugins.core.encoders import Output, image_call, pick_embeddings, pixel
 from fam_plugins.core.own_norm import hold_own_norm
 from fam_plugins.core.similarity import Similarity, as_similarity
 
-__all__ = ["Frozen", "check_embeddings", "embed", "frozen_scores", "score"]
+__all__ = ["Frozen", "check_embeddings", "embed", "frozen_scores", "score", "takes_images_only"]
 
 
 @dataclass
@@ -219,6 +219,11 @@ def embed(
         images, *further = pixels_of(images)  # type: ignore[assignment]
     if isinstance(images, Tensor) and images.dim() > 0 and images.shape[0] == 0:
         raise ValueError("the batch is empty: pass at least one image")
+    if isinstance(images, Tensor) and images.dim() == 5 and takes_images_only(encoder):
+        raise ValueError(
+            f"the encoder takes images [B, C, H, W], not {tuple(images.shape)}: flatten an "
+            "episode, x.flatten(0, 1), or give it whole as the references of SimilarityModel"
+        )
     count = images.shape[0]  # len() would fix a traced batch; behind a layer looks are seen
     try:
         given = image_call(encoder)(images, *further, **(forward_kwargs or {}))
@@ -231,6 +236,7 @@ def embed(
     embeddings = pick_embeddings(given, output)
     if not isinstance(embeddings, Tensor):
         raise TypeError(f"output= picks a {type(embeddings).__name__}, not a tensor [B, D]")
+    embeddings = embeddings.flatten(1) if embeddings.shape[2:] == (1, 1) else embeddings
     shape = embeddings.shape
     if len(shape) != 2:
         raise ValueError(
@@ -244,6 +250,12 @@ def embed(
             "a single image needs a batch dimension (image[None])"
         )
     return embeddings
+
+
+def takes_images_only(encoder: nn.Module) -> bool:
+    """Whether ``[N, K, C, H, W]`` are no volumes or clips to it: its convolutions are of images."""
+    two, three = (any(isinstance(m, k) for m in encoder.modules()) for k in (nn.Conv2d, nn.Conv3d))
+    return two and not three and not hasattr(getattr(encoder, "config", None), "num_frames")
 
 
 def check_floats(given: object, what: str) -> None:

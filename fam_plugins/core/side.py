@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fam_plugins.core.choose_layer import choose_layer
 from fam_plugins.core.contrast import Contrast, GalleryMean, reduced
 from fam_plugins.core.decompose import region_sum, warn_of_coverage
+from fam_plugins.core.encoders import as_encoder
 from fam_plugins.core.eval_mode import eval_mode
 from fam_plugins.core.images import load_images, names_of, normalisation
 from fam_plugins.core.joint import LinearTail
@@ -94,6 +95,7 @@ def comparison(
 
     With ``one_to_many`` a query ``a`` is compared with every hit ``b``.
     """
+    encoder = as_encoder(encoder)
     check_transform(reshape_transform)
     check_tail(tail)
     names = names_of(a), names_of(b)

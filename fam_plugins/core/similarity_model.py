@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from fam_plugins.core.captions import Template, embed_captions
 from fam_plugins.core.contrast import Contrast, GalleryMean, mean_of
-from fam_plugins.core.encoders import Output, image_call
-from fam_plugins.core.eval_mode import check_module
+from fam_plugins.core.encoders import Output, as_encoder, pick_embeddings
 from fam_plugins.core.gallery import Gallery, is_on_disk
 from fam_plugins.core.messages import unknown_name
 from fam_plugins.core.references import (
@@ -23,7 +22,7 @@ from fam_plugins.core.references import (
     tensors_of,
     unique_labels,
 )
-from fam_plugins.core.scores import embed, score, subtract_others
+from fam_plugins.core.scores import embed, score, subtract_others, takes_images_only
 from fam_plugins.core.similarity import Similarity, as_similarity
 
 __all__ = ["ModelScores", "SimilarityModel"]
@@ -40,14 +39,15 @@ class SimilarityModel(nn.Module):
     ``copy.deepcopy`` carry them.
 
     Args:
-        encoder: Images ``[B, ...]`` -> embeddings ``[B, D]``: any such module, or a model of
-            transformers or open_clip as it is, of which the image tower is called. It is used, not
-            copied, and its layers keep their names.
+        encoder: Images ``[B, ...]`` -> embeddings ``[B, D]``: any such module; a model of
+            transformers or open_clip, whose image tower is called; pytorch-metric-learning's
+            InferenceModel or ``{"trunk": ..., "embedder": ...}``. Used, not copied; layers keep
+            their names.
         references: Embeddings ``[N, D]``, or images ``[N, C, H, W]`` or an image processor's output
-            (``pixel_values``), which are embedded once, in eval mode, without gradient. A
-            memory-mapped array (``np.load(..., mmap_mode="r")``) of any size stays on disk: scoring
-            reads it in parts, explaining chosen references reads only their rows, and
-            ``state_dict`` does not carry it.
+            (``pixel_values``), embedded once, in eval mode, without gradient; of an encoder of
+            images also supports ``[N, K, C, H, W]``, averaged to prototypes. A memory-mapped array
+            (``np.load(..., mmap_mode="r")``) of any size stays on disk: scoring reads it in parts,
+            explaining chosen references reads only their rows, ``state_dict`` does not carry it.
         similarity: ``"cosine"``, ``"dot"``, ``"euclidean"`` (negative squared distance), a distance
             of pytorch-metric-learning, or a function ``f(embeddings, references) -> [B, N]`` of
             your own. A function is explained through its true gradient: its maps are first-order
@@ -95,7 +95,7 @@ class SimilarityModel(nn.Module):
 
     def __init__(
         self,
-        encoder: nn.Module,
+        encoder: Any,
         references: Tensor | Mapping[str, Any],
         *,
         similarity: str | Similarity | Callable[..., Tensor] = "cosine",
@@ -106,8 +106,7 @@ class SimilarityModel(nn.Module):
         forward_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        check_module(encoder, "encoder")
-        image_call(encoder)
+        encoder = as_encoder(encoder)
         self._reading: dict[str, Any] = {"output": output, "forward_kwargs": forward_kwargs}
         chosen = as_similarity(similarity)
         if isinstance(contrast, str) and contrast != "others":
@@ -122,7 +121,10 @@ class SimilarityModel(nn.Module):
         if labels is not None:
             labels = tuple(listed(labels, rows.shape[0] if rows.shape else 0, "references"))
         if not on_disk:
-            rows = embed_once(encoder, references, "references", chunk_size, **self._reading)
+            shots = rows.shape[:2] if rows.dim() == 5 and takes_images_only(encoder) else None
+            given = rows.flatten(0, 1) if shots else references
+            rows = embed_once(encoder, given, "references", chunk_size, **self._reading)
+            rows = prototypes(rows.unflatten(0, shots), similarity=chosen) if shots else rows
         against: Tensor | GalleryMean | None = None
         if isinstance(contrast, str):
             if len(rows) < 2:
@@ -156,7 +158,7 @@ class SimilarityModel(nn.Module):
     @classmethod
     def from_support(
         cls,
-        encoder: nn.Module,
+        encoder: Any,
         images: Tensor | Mapping[str, Any],
         labels: Sequence[Hashable] | Tensor,
         *,
@@ -188,7 +190,7 @@ class SimilarityModel(nn.Module):
             (('a', 'b'), torch.Size([2, 3]))
         """
         as_similarity(similarity)
-        check_module(encoder, "encoder")
+        encoder = as_encoder(encoder)
         given = tensors_of(images, "supports")[0]
         names = listed(labels, len(given) if given.dim() else 0)
         supports = embed_once(encoder, images, "supports", chunk_size, **reading)
@@ -402,6 +404,9 @@ class ModelScores:
         self.forward = forward_func
         self._pick = pick
         kind: Any = type(forward_func)
+        if hasattr(forward_func, "main_input_name"):  # of transformers: its logits or embeddings
+            call: Any = getattr(forward_func, "get_image_features", forward_func)
+            self.forward = lambda *x: pick_embeddings(getattr(out := call(*x), "logits", out))
         # A subclass with a forward of its own may do anything with the scores.
         if isinstance(forward_func, SimilarityModel) and kind.forward is SimilarityModel.forward:
             self.model = forward_func

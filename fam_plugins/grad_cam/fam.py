@@ -38,7 +38,7 @@ class FAM(OnePassCAM):
     1610.02391) for ``"gradcam"``.
 
     Args:
-        model: The model to explain.
+        model: The model to explain; one of transformers by its logits, or else its embeddings.
         target_layers: The layers whose maps are averaged; modules, their names, or ``"patches"``.
             Left out, one is found, as in :class:`~fam_plugins.LayerFam`.
         reshape_transform: Rearranges what a layer gives into ``[B, C, h, w]``. ``"auto"`` reads
@@ -209,9 +209,10 @@ def _scores(outputs: Any, targets: Sequence[Target]) -> Tensor:
         try:
             value = target(output)
         except IndexError as error:
-            shape = tuple(getattr(output, "shape", ()))
+            shape, shown = tuple(getattr(output, "shape", ())), getattr(target, "category", target)
             raise IndexError(
-                f"target {target!r} does not fit the model's output of shape {shape} per image"
+                f"target {shown!r} does not fit the model's output of shape {shape} per image: "
+                f"targets go from 0 to {[*shape, 1][0] - 1}"
             ) from error
         if not isinstance(value, Tensor) or value.numel() != 1:
             shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__

@@ -35,7 +35,7 @@ def from_easyfsl(classifier: nn.Module, *, contrast: Contrast = None) -> Similar
     Raises:
         TypeError: If it is no classifier of this kind.
         ValueError: If it has no support set yet, or its scores cannot be reproduced exactly:
-            softmax, transductive methods, attention over the support set.
+            softmax, attention over the support set, transductive methods, training in a call.
 
     Example:
         >>> from easyfsl.methods import SimpleShot  # doctest: +SKIP
@@ -67,15 +67,17 @@ def _prototypes(classifier: Any) -> Tensor:
     rows = classifier.prototypes
     rows = rows if isinstance(rows, Tensor) else torch.empty(0, device="cpu")
     obstacles = {
-        "is transductive: a score depends on the other queries, so it is no similarity to a "
-        "prototype": getattr(classifier, "is_transductive", bool)(),
+        "is transductive: a score depends on the other queries too; explain SimpleShot on the same "
+        "backbone": getattr(classifier, "is_transductive", bool)(),
+        "trains its prototypes anew in every call: call it once, then SimilarityModel("
+        "classifier.backbone, classifier.prototypes)": hasattr(classifier, "fine_tuning_steps"),
         "has use_softmax=True: a probability depends on all prototypes at once; set "
         "classifier.use_softmax = False to explain the score itself": classifier.use_softmax,
         "scores by an attention over its whole support set, not by one reference each: "
         f"{_AS_IT_IS}": hasattr(classifier, "contextualized_support_features"),
         "has no prototypes yet: call process_support_set(images, labels) first": not rows.numel(),
         f"has prototypes of shape {tuple(rows.shape)}, not [N, D]: it compares feature maps, not "
-        "embeddings": rows.dim() != 2,
+        f"embeddings: {_AS_IT_IS}": rows.dim() != 2,
         "has a prototype that is not finite: a class without any support? Labels must be 0 to "
         "n_way - 1, each with at least one shot": not torch.isfinite(rows).all(),
     }

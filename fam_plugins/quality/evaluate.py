@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms.functional import gaussian_blur
 
-from fam_plugins.core.eval_mode import check_module, eval_mode
+from fam_plugins.core.encoders import as_encoder
+from fam_plugins.core.eval_mode import eval_mode
 from fam_plugins.core.layer_pass import find_layer
 from fam_plugins.core.messages import warn_user, with_progress
 from fam_plugins.core.references import as_tensor, at_home, embed_once, prototypes
@@ -29,7 +30,7 @@ __all__ = ["evaluate", "explain"]
 
 def evaluate(
     explainers: Mapping[str, Any],
-    encoder: nn.Module,
+    encoder: Any,
     layer: nn.Module | str,
     dataset: Any,
     *,
@@ -53,8 +54,8 @@ def evaluate(
         explainers: Label -> a rule; a class of Captum or pytorch-grad-cam, or a
             :func:`functools.partial` of one; or a function ``(model, layer, images, targets)`` ->
             maps ``[B, h, w]``, its model the same :class:`~fam_plugins.SimilarityModel` for all.
-        encoder: Images -> embeddings ``[B, D]``. Mosaics are twice the size of images; with a
-            warning the same size, every image halved, where the encoder refuses the larger one.
+        encoder: As for :class:`~fam_plugins.SimilarityModel`. Mosaics are twice the size of images;
+            with a warning the same size, every image halved, where the encoder refuses larger ones.
         layer: The layer to explain, or its name.
         dataset: Images ``[C, H, H]``, ready for the encoder, with labels, such as an
             ``ImageFolder``. Classes of no more than ``shots`` images are left out.
@@ -86,7 +87,7 @@ def evaluate(
     if not isinstance(explainers, Mapping) or not explainers:
         raise TypeError('explainers must be a dict such as {"ours": "centred"}')
     methods = {label: _method(label, given, smooth) for label, given in explainers.items()}
-    check_module(encoder, "encoder")
+    encoder = as_encoder(encoder)
     module, chosen = find_layer(encoder, layer)[0], as_similarity(similarity)
     if min(shots, mosaics, singles, steps) < 1:
         raise ValueError("shots, mosaics, singles and steps must be at least 1")

@@ -24,6 +24,7 @@ import platform
 import time
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
 import joblib
 import numpy as np
@@ -162,13 +163,19 @@ def _cape(options: argparse.Namespace, seed: int) -> tuple[Any, ...]:
 
 def _folder(options: argparse.Namespace) -> None:
     """One network on images of the user's: intervals cover other images, not other networks."""
-    problem = folder_problem(
-        options.image_folder,
-        options.arch,
-        options.weights,
-        similarity=options.similarity,
-        size=options.size,
-    )
+    try:
+        problem = folder_problem(
+            options.image_folder,
+            options.arch,
+            options.weights,
+            similarity=options.similarity,
+            size=options.size,
+        )
+    except URLError as error:
+        raise SystemExit(
+            f"The weights of {options.arch} could not be downloaded ({error.reason}): pass a state "
+            "dict that is here already, --weights FILE"
+        ) from None
     values: dict[str, Any] = {}
     for contrast, smooth in SETTINGS:
         found = evaluate(

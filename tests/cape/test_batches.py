@@ -2,9 +2,10 @@ import copy
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
-from fam_plugins.cape import fit_cape_head
-from fam_plugins.cape.batches import FeatureCache
+from fam_plugins.cape import calibrate_temperature, fit_cape_head
+from fam_plugins.cape.batches import FeatureCache, feature_batches
 
 from .conftest import QUIET, assert_unchanged, default_device, state_of
 
@@ -45,6 +46,28 @@ def test_loaders_of_images_alone_and_other_dtypes(model, batches):
     fit_cape_head(model, [[images, y, "name"] for images, y in batches], epochs=1, **QUIET)
 
 
+@pytest.mark.parametrize("image", ["image", "images", "img", "pixel_values"])
+@pytest.mark.parametrize("label", ["label", "labels", "target", None])
+@pytest.mark.parametrize("cache", [False, True])
+def test_loaders_of_dicts_fit_and_calibrate_as_tuples_do(model, batches, image, label, cache):
+    other = copy.deepcopy(model)
+    named = [{"name": "a", image: x} | ({label: y} if label else {}) for x, y in batches]
+    found = fit_cape_head(model, named, epochs=2, cache=cache, **QUIET)
+    assert found == fit_cape_head(other, batches, epochs=2, cache=cache, **QUIET)
+    if label is None:
+        with pytest.raises(ValueError, match="no tensor of labels"):
+            calibrate_temperature(model, named)
+    else:
+        assert calibrate_temperature(model, named) == calibrate_temperature(other, batches)
+
+
+def test_a_loader_of_a_data_set_of_dicts(model, batches):
+    images, labels = batches[0]
+    data = [{"img": x, "label": int(y)} for x, y in zip(images, labels, strict=True)]
+    for _, found, (kept,) in feature_batches(DataLoader(data, batch_size=2), model):
+        assert len(found) == len(kept) == 2
+
+
 images = torch.randn(4, 1, 6, 6)
 nan_images = images.clone()
 nan_images[2, 0, 1, 1] = float("nan")
@@ -61,11 +84,24 @@ nan_images[2, 0, 1, 1] = float("nan")
         ([images.expand(4, 3, 6, 6)], ValueError, "did not accept images of shape"),
         ([images.to(torch.uint8)], TypeError, r"images\.float\(\) / 255"),
         (
-            [{"image": images}],
+            [{"x": images}],
             TypeError,
-            r"a dict: .*labels\), as \[\(b\['image'\], b\['label'\]\) for b in",
+            "batch 0 of the loader gives a dict of 'x': .* one of .'image'",
         ),
-        ([()], TypeError, "yield images"),
+        (
+            [{"image": images, "pixel_values": images, "label": 0}],
+            TypeError,
+            "a dict of 'image', 'pixel_values', 'label': it must give",
+        ),
+        (
+            [(images,), {"img": images, "label": 0, "target": 0}],
+            TypeError,
+            "batch 1 of the loader gives a dict of 'img', 'label', 'target'.* at most one of",
+        ),
+        ([{}], TypeError, "a dict of nothing"),
+        ([{"image": [images]}], TypeError, "a dict of 'image': it must give image tensors"),
+        ([()], TypeError, "gives a tuple: it must give image tensors"),
+        (["a.png"], TypeError, "gives a str: it must give image tensors"),
         ([images, torch.randn(4, 1, 8, 8)], ValueError, "cannot share a cache"),
     ],
 )

@@ -246,7 +246,8 @@ def test_trouble_leaves_nothing_behind():
     before = State.of(net)
     for loader, error, message in (
         ([], ValueError, "loader is empty"),
-        ([{"image": IMAGES}], TypeError, r"batch\['image'\]"),
+        ([{"x": IMAGES}], TypeError, "a dict of 'x': it must give .* one of .'image'"),
+        ([{"image": IMAGES, "img": IMAGES}], TypeError, "a dict of 'image', 'img': it must"),
         ([IMAGES[:0]], ValueError, "batch is empty"),
         ([IMAGES * float("nan")], ValueError, "gallery embedding row 0"),
     ):

@@ -11,9 +11,18 @@ from functools import cache, partial
 import pytest
 import torch
 import torch.nn.functional as F
+from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import Tensor, nn
 
-from fam_plugins import FAM, LayerFam, SimilarityModel, gallery_mean, infer_transform, tokens_to_map
+from fam_plugins import (
+    FAM,
+    LayerFam,
+    SimilarityModel,
+    SimilarityTarget,
+    gallery_mean,
+    infer_transform,
+    tokens_to_map,
+)
 from fam_plugins.core.encoders import image_call, pick_embeddings, pixels_of
 from fam_plugins.core.transforms import prefix_of
 from tests.networks import State
@@ -446,3 +455,90 @@ def test_a_named_field_survives_pickling():
     with torch.no_grad():
         assert torch.equal(again(IMAGES), model(IMAGES))
     assert again.index("c") == 2
+
+
+class Logits(nn.Module):
+    """What users of a classifier of transformers had to write."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, images):
+        return self.net(images).logits
+
+
+@pytest.mark.parametrize(
+    ("kind", "layer", "settings"),
+    [
+        ("ViTForImageClassification", "vit.layers.1.layernorm_before", SMALL),
+        ("Dinov2ForImageClassification", "dinov2.encoder.layer.1.norm1", SMALL),
+        (
+            "ResNetForImageClassification",
+            "resnet.encoder.stages.1",
+            {"embedding_size": 8, "hidden_sizes": [8, 12], "depths": [1, 1]},
+        ),
+    ],
+)
+def test_a_classifier_is_explained_by_its_logits(kind, layer, settings):
+    config = kind.removesuffix("ForImageClassification") + "Config"
+    net = small(kind, config, **settings, num_labels=4)
+    before, alone = State.of(net), Logits(net)
+    module = net.get_submodule(layer)
+    targets = [ClassifierOutputTarget(2)] * 3
+    with FAM(net, [module], rule="centred") as cam, FAM(alone, [module], rule="centred") as other:
+        assert (cam(IMAGES, targets) == other(IMAGES, targets)).all()
+        assert (cam(IMAGES) == other(IMAGES)).all()
+        assert torch.equal(cam.outputs, net(IMAGES).logits)
+        assert (cam.attribute_references(IMAGES) == other.attribute_references(IMAGES)).all()
+        with pytest.raises(IndexError, match="target 9 does not fit .* from 0 to 3"):
+            cam(IMAGES, [ClassifierOutputTarget(9)] * 3)
+    ours, theirs = (LayerFam(of, module, rule="additive") for of in (net, alone))
+    assert torch.equal(ours.attribute(IMAGES, 1), theirs.attribute(IMAGES, 1))
+    found = ours.decompose(IMAGES, 1)
+    torch.testing.assert_close(found.score, net(IMAGES).logits[:, 1])
+    with pytest.raises(AssertionError, match="from 0 to 3"):
+        ours.attribute(IMAGES, 4)
+    # Left out, the layer is found in the one as in the other.
+    ours, theirs = (LayerFam(of, rule="centred") for of in (net, alone))
+    assert torch.equal(ours.attribute(IMAGES, 1), theirs.attribute(IMAGES, 1))
+    assert ours.layer is theirs.layer
+    before.assert_unchanged(net)
+
+
+def test_a_bare_clip_embeds_images_under_a_target():
+    net, reference = dual("CLIP"), torch.randn(512, generator=torch.Generator().manual_seed(1))
+    layer = net.vision_model.encoder.layers[0]
+    model = SimilarityModel(net, reference[None])
+    with (
+        FAM(net, [layer], rule="centred") as cam,
+        FAM(model, [layer], rule="centred") as expected,
+    ):
+        assert (cam(IMAGES, [SimilarityTarget(reference)] * 3) == expected(IMAGES)).all()
+    maps = LayerFam(net, layer, rule="additive").attribute(IMAGES, 5)
+    assert maps.shape == (3, 1, 4, 4)
+
+
+def test_what_is_read_of_a_model_follows_from_what_it_returns():
+    """Of a model that says nothing of its input, too: not every author names it."""
+    hub = pytest.importorskip("transformers")
+
+    class Own(hub.PreTrainedModel):
+        config_class = hub.PretrainedConfig
+        answer = staticmethod(lambda z: z)
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.conv = nn.Conv2d(3, 4, 8)
+
+        def forward(self, images):
+            return self.answer(self.conv(images).relu().mean(dim=(2, 3)))
+
+    net = Own(hub.PretrainedConfig()).eval()
+    expected = LayerFam(net, "conv", rule="additive").attribute(IMAGES, 1)
+    assert expected.any()
+    Own.answer = staticmethod(lambda z: Out(image_embeds=z))
+    assert torch.equal(LayerFam(net, "conv", rule="additive").attribute(IMAGES, 1), expected)
+    Own.answer = staticmethod(lambda z: (z, z))
+    with pytest.raises(TypeError, match="returns a tuple, not a tensor: name a field"):
+        LayerFam(net, "conv", rule="additive").attribute(IMAGES, 1)

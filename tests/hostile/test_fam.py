@@ -141,7 +141,7 @@ CALL = [
         "out of range",
         called(targets=[ClassifierOutputTarget(5)] * 3),
         IndexError,
-        "does not fit the model's output of shape (5,)",
+        "target 5 does not fit the model's output of shape (5,) per image: targets go from 0 to 4",
     ),
     late("the whole output", called(targets=[lambda z: z] * 3), ValueError, "pick an output"),
     late("a number", called(targets=[lambda z: 1.0] * 3), ValueError, "pick an output"),

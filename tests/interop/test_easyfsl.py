@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fam_plugins import LayerFam
+from fam_plugins import LayerFam, SimilarityModel
 from fam_plugins.interop.easyfsl import from_easyfsl
 from tests.networks import State, encoder
 
@@ -138,3 +138,76 @@ def test_a_class_without_shots_is_refused():
     classifier.process_support_set(SUPPORT[:3], torch.tensor([0, 2, 2]))
     with pytest.raises(ValueError, match="class without any support"):
         from_easyfsl(classifier)
+
+
+def with_relations():
+    """A backbone of maps, which this method compares."""
+    backbone = encoder()
+    backbone.pool, backbone.head = nn.Identity(), nn.Unflatten(1, (6, 4, 5))
+    return fitted(methods.RelationNetworks, backbone, feature_dimension=6)
+
+
+ATTENTION = {"attention_module": nn.MultiheadAttention(6, 2, batch_first=True)}
+OUTCOMES = {
+    "PrototypicalNetworks": (lambda: fitted(methods.PrototypicalNetworks), ""),
+    "SimpleShot": (lambda: fitted(methods.SimpleShot), ""),
+    "FEAT": (lambda: fitted(methods.FEAT, **ATTENTION), ""),
+    "MatchingNetworks": (
+        lambda: fitted(methods.MatchingNetworks, feature_dimension=6),
+        r"explain it as it is, LayerFam\(classifier, layer\)",
+    ),
+    "RelationNetworks": (
+        with_relations,
+        r"compares feature maps, not embeddings: .* LayerFam\(classifier, layer\)",
+    ),
+    "Finetune": (
+        lambda: fitted(methods.Finetune, fine_tuning_lr=0.1),
+        r"trains its prototypes anew in every call: call it once, then SimilarityModel\(",
+    ),
+    **{
+        name: (
+            lambda name=name: fitted(getattr(methods, name)),
+            "transductive: a score depends on the other queries too; explain SimpleShot on the",
+        )
+        for name in ("BDCSPN", "LaplacianShot", "PTMAP", "TIM", "TransductiveFinetuning")
+    },
+}
+
+
+def test_every_method_of_the_library_has_its_outcome():
+    base = methods.FewShotClassifier
+    kinds = [kind for kind in vars(methods).values() if isinstance(kind, type)]
+    found = {kind.__name__ for kind in kinds if issubclass(kind, base) and kind is not base}
+    assert found == set(OUTCOMES)
+
+
+@pytest.mark.parametrize("name", OUTCOMES)
+def test_a_method_has_the_same_scores_or_is_refused_with_what_to_do(name):
+    make, message = OUTCOMES[name]
+    classifier = make()
+    before, prototypes = State.of(classifier), getattr(classifier, "prototypes", None)
+    noted = None if prototypes is None else prototypes.detach().clone()
+    if message:
+        with pytest.raises(ValueError, match=message):
+            from_easyfsl(classifier)
+    else:
+        model = from_easyfsl(classifier)
+        torch.testing.assert_close(model(QUERIES), classifier(QUERIES))
+    before.assert_unchanged(classifier)
+    if noted is not None:  # the method's own training, too, has not begun
+        assert classifier.prototypes is prototypes
+        assert torch.equal(classifier.prototypes, noted)
+
+
+def test_what_a_refused_method_is_told_to_do_works():
+    classifier = OUTCOMES["Finetune"][0]()
+    scores = classifier(QUERIES)
+    model = SimilarityModel(classifier.backbone, classifier.prototypes)
+    torch.testing.assert_close(model(QUERIES), scores)
+    maps = LayerFam(model, "encoder.last", rule="centred").attribute(QUERIES, 1)
+    assert maps.shape == (5, 1, 4, 5)
+    for name in ("MatchingNetworks", "RelationNetworks"):
+        classifier = OUTCOMES[name][0]()
+        maps = LayerFam(classifier, "backbone.last", rule="gradcam").attribute(QUERIES, 1)
+        assert maps.shape == (5, 1, 4, 5)
+        assert maps.any()
