@@ -306,11 +306,7 @@ def draw_classes(network: Network, photos: dict[str, Tensor]) -> tuple[Figure, T
         overlaps.append((pair / pair.sum(dim=1, keepdim=True)).amin(dim=0).sum())
     unit = "probability that a region gives the class"
     options = {"scores": ours[:, targets], "labels": classes, "label": unit}
-    figure = plot_episode(images, None, maps, **options)
-    # Names of classes need less room than the images of references would.
-    figure.axes[0].get_gridspec().set_height_ratios([0.12, 1, 1])
-    figure.set_figheight(5.4)
-    return figure, torch.stack(overlaps)
+    return plot_episode(images, None, maps, **options), torch.stack(overlaps)
 
 
 def main() -> None:

@@ -123,7 +123,7 @@ def main() -> None:
         ("margin", margin.plot(titles=titles)),
     ):
         path = args.out / f"verification_{name}.png"
-        figure.savefig(path, dpi=110, bbox_inches="tight")
+        figure.savefig(path, dpi=110)
         print(f"wrote {path}")
 
     assert found.equal_error_rate < 0.1, f"an equal error rate of {found.equal_error_rate:.2f}"

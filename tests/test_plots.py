@@ -144,6 +144,8 @@ def test_captions_stand_where_references_have_no_images():
     assert [axis.texts[0].get_text() for axis in grid[0, 1:]] == ["a $cat", "a dog"]
     assert not any(layers(axis) for axis in grid[0])
     figure.savefig(io.BytesIO(), format="png")  # a dollar starts no formula
+    words, query = (grid[row, 1].get_position().height for row in (0, 1))
+    assert words < 0.3 * query
     with pytest.raises(ValueError, match=r"labels=\[\.\.\.\]"):
         plot_episode(TWO, None, torch.randn(2, 2, 1, 2, 2))
 

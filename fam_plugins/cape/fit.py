@@ -116,7 +116,7 @@ def fit_cape_head(
         >>> len(history.loss)
         2
     """
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
 
     require_cape_model(model, loader)
     settings = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}

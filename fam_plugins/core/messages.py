@@ -50,7 +50,7 @@ def warn_once(message: str) -> None:
 def with_progress(items: Iterable[T], description: str) -> Iterable[T]:
     """The same items, with a bar for work of more than two seconds; without tqdm, no bar."""
     try:
-        from tqdm.auto import tqdm
+        from tqdm import tqdm
     except ImportError:
         return items
     bar: Iterable[T] = tqdm(items, desc=description, delay=2, leave=False)

@@ -38,13 +38,20 @@ class Picture(Figure):
         return file.getvalue()
 
 
-def new_figure(rows: int, columns: int, images: Sequence[Tensor]) -> tuple[Picture, np.ndarray]:
-    """A figure and its axes ``[rows, columns]``, as high as the tallest image needs."""
+def new_figure(
+    rows: int, columns: int, images: Sequence[Tensor], heading: float = 1.0
+) -> tuple[Picture, np.ndarray]:
+    """A figure and its axes ``[rows, columns]``, as high as the tallest image needs.
+
+    ``heading`` is the height of the first row, beside the others' 1.
+    """
     aspect = max(image.shape[1] / image.shape[2] for image in images)
-    size = (2.0 * columns + 1.3, (2.0 * aspect + 0.2) * rows + 0.4)
+    # Never so low that the colour bar's label does not fit.
+    height = max((2.0 * aspect + 0.2) * (rows - 1 + heading) + 0.4, 2.6)
     # pyplot would keep the figure alive.
-    figure = Picture(figsize=size, layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False)
+    figure = Picture(figsize=(2.0 * columns + 1.3, height), layout="constrained")
+    ratios = {"height_ratios": [heading, *[1.0] * (rows - 1)]}
+    return figure, figure.subplots(rows, columns, squeeze=False, gridspec_kw=ratios)
 
 
 def one_picture(image: Any, what: str, **undo: Any) -> Tensor:

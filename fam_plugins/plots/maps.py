@@ -183,7 +183,9 @@ def plot_episode(
         raise ValueError(
             f"there are {len(names)} labels for {len(tops)} references: give one label each"
         )
-    figure, axes = new_figure(len(rows) + 1, len(tops) + 1, rows)
+    heading = 0.2 if references is None else 1.0
+    shown = [image for image in (*rows, *tops) if image is not None]
+    figure, axes = new_figure(len(rows) + 1, len(tops) + 1, shown, heading)
     overlay = Overlay([drawn])
     axes[0, 0].axis("off")
     for axis, top, name in zip(axes[0, 1:], tops, names, strict=True):

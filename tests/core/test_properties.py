@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fam_plugins import SimilarityModel, channels_last_to_map, prototypes, tokens_to_map
 from fam_plugins.core.many import as_indices
+from fam_plugins.core.maps import maps_of
 from fam_plugins.core.rules import RULES
 from fam_plugins.core.scores import frozen_scores, score
 from fam_plugins.core.similarity import SIMILARITIES, unit_length
@@ -53,8 +54,8 @@ def test_a_rule_equals_loops(rule, data, dtype, pooled, batch, k, c, r):
     activations = data.draw(tensors(batch, c, r, dtype=dtype, exact=True))
     gradients = data.draw(tensors(batch, k, c, 1 if pooled else r, dtype=dtype, exact=True))
     expected = by_loops(rule, activations.double(), gradients.double())
-    full = RULES[rule].apply(activations, gradients, sum_channels=False)
-    summed = RULES[rule].apply(activations, gradients)
+    full = maps_of(RULES[rule], activations, gradients, False, sum_channels=False)[0]
+    summed = maps_of(RULES[rule], activations, gradients, False)[0]
     assert full.dtype == summed.dtype == dtype
     torch.testing.assert_close(full.double(), expected, rtol=1e-5, atol=1e-5)
     total = expected.sum(dim=2, keepdim=True)
