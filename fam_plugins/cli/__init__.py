@@ -24,6 +24,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0; 2, with one sentence on stderr; or 130 after Ctrl-C.
+
+    Example:
+        >>> main(["layers", "resnet50"])  # unknown model 'resnet50': write torchvision:NAME, ...
+        2
     """
     given = sys.argv[1:] if argv is None else argv
     try:

@@ -82,7 +82,7 @@ class Run(Namespace):
                 told = {"titles": (query.name, name), "rule": self.rule} | one.undo
                 figure = plot_pair(one.a[0], image, in_query, in_hit, **told)
                 sheet[-1][1].append((name, float(score), figure._repr_png_()))
-        weights = RANDOM if self.weights == "none" else f"weights {self.weights}"
+        weights = RANDOM if self.weights == "none" else f"weights {Path(self.weights).name}"
         page = contact_sheet(sheet, f"{self.model}, {weights}, rule {self.rule}")
         self._write(page, self.out / "index.html")
 

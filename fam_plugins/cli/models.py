@@ -35,7 +35,7 @@ def check_model(spec: str, weights: str) -> None:
         return
     if kind not in LIBRARIES or not name:
         known = ", ".join(f"{one}:NAME" for one in LIBRARIES)
-        raise ValueError(f"unknown model {spec!r}: write {known} or path.py:factory")
+        raise ValueError(f"unknown model {spec!r}: write {known} or file.py:FUNCTION")
     module, where, end = LIBRARIES[kind]
     if (found := find_spec(module)) is None:
         extra = module.replace("_", "-")
@@ -108,7 +108,7 @@ def load_encoder(
         if default:
             encoder, told = hf.AutoModel.from_pretrained(name, output_loading_info=True)
             if lacks := sorted(told["missing_keys"]):
-                raise ValueError(f"{name} has no weights of {lacks[0]}: pass path.py:factory")
+                raise ValueError(f"{name} has no weights of {lacks[0]}: pass file.py:FUNCTION")
         else:
             encoder = hf.AutoModel.from_config(hf.AutoConfig.from_pretrained(name))
     elif kind == "open_clip":
@@ -117,14 +117,15 @@ def load_encoder(
         fits = [one for one in tags if tag and one.startswith(tag)]
         if default and not fits:
             raise ValueError(unknown_name(f"weights of {stem}", tag, tags))
-        made = clip.create_model_and_transforms(stem, fits[-1] if default else None)
-        encoder, _, transform = made
+        full = (tag if tag in fits else fits[-1]) if default else None
+        encoder, _, transform = clip.create_model_and_transforms(stem, full)
     else:
         script, _, factory = spec.rpartition(":")
         made = runpy.run_path(script)[factory]()
         encoder, transform = made if isinstance(made, tuple) else (made, None)
     if weights not in ("default", "none"):
         state = torch.load(weights, map_location="cpu", weights_only=True)
+        state = state.get("state_dict", state)  # also of a training checkpoint
         heads = tuple(f"{one}." for one in ([head] if isinstance(head, str) else head) if one)
         given = {key: value for key, value in state.items() if not key.startswith(heads)}
         missing, more = encoder.load_state_dict(given, strict=False)

@@ -61,6 +61,15 @@ def test_what_an_explanation_refuses_is_one_sentence_too(capsys, photos, model, 
     assert not out.exists()
 
 
+def test_a_long_story_is_cut_after_its_first_line(capsys, tmp_path):
+    script = tmp_path / "bad.py"
+    script.write_text("def make():\n    raise RuntimeError('no encoder\\nand so on')\n")
+    err = refused(capsys, "layers", f"{script}:make")
+    assert err == "fam-plugins: no encoder\n"
+    script.write_text("def make():\n    raise NotImplementedError\n")
+    assert refused(capsys, "layers", f"{script}:make") == "fam-plugins: NotImplementedError\n"
+
+
 def test_traceback_is_there_when_asked_for():
     with pytest.raises(ValueError, match="unknown model 'resnet50'"):
         main(["layers", "resnet50", "--traceback"])

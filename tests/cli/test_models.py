@@ -146,7 +146,15 @@ def test_a_state_dict_in_half_precision_with_a_classifier_of_its_own(tmp_path):
 
 
 def test_the_side_of_the_square(tmp_path, model):
-    assert load_images(IMAGE, load_encoder(model[1], "default", size=96)[1]).shape[2:] == (96, 96)
+    transform = load_encoder(model[1], "default", [0.5] * 3, [0.5] * 3, size=96)[1]
+    wide = Image.new("RGB", (224, 112), "black")
+    wide.paste("white", (56, 0, 168, 112))  # the square in the middle
+    images = load_images(wide, transform)
+    assert images.shape[2:] == (96, 96)
+    assert (images == images.max()).all()  # 96 of 109 pixels
+    thin = Image.new("RGB", (112, 112), "white")
+    thin.paste("black", (0, 0, 112, 4))  # of which the upper 4 are cut away
+    assert (load_images(thin, transform)[:, :, 0] > images.max() - 0.1).all()
 
 
 def test_a_state_dict_of_another_network_is_refused_with_its_keys(tmp_path, model):
@@ -154,6 +162,12 @@ def test_a_state_dict_of_another_network_is_refused_with_its_keys(tmp_path, mode
     torch.save({"0.weight": torch.zeros(8, 3, 5, 5), "7.scale": torch.ones(1)}, file)
     with pytest.raises(ValueError, match=r"does not fit .*missing 0\.bias; unexpected 7\.scale"):
         load_encoder(model[1], str(file))
+    right = load_encoder(model[1], "default")[0].state_dict()
+    torch.save(right | {"7.scale": torch.ones(1)}, file)
+    with pytest.raises(ValueError, match=r"unexpected 7\.scale"):
+        load_encoder(model[1], str(file))
+    torch.save({"state_dict": right, "epoch": 3}, file)
+    load_encoder(model[1], str(file))
 
 
 def test_a_script_gives_a_pair_or_is_told_to(model):
