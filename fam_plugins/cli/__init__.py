@@ -34,6 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         asked = _parser().parse_args(given)
         if getattr(asked, "contrast", "") == "gallery" and not getattr(asked, "gallery", True):
             raise ValueError("--contrast gallery needs --gallery, a folder of pictures")
+        drawn = COMMANDS[asked.command][2].endswith(".png")
+        if drawn and asked.out.suffix.lower() not in PICTURES:
+            raise ValueError(f"--out must end in {' or '.join(PICTURES)}, not {asked.out}")
         check_model(asked.model, asked.weights)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -70,6 +73,12 @@ def _picture(text: str) -> Path:
     return Path(text)
 
 
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise ArgumentTypeError(f"must be at least 1, not {text}")
+    return int(text)
+
+
 def _folder(text: str) -> list[Path]:
     ends = tuple(Image.registered_extensions())
     found = sorted(file for file in Path(text).rglob("*") if file.suffix.lower() in ends)
@@ -78,6 +87,7 @@ def _folder(text: str) -> list[Path]:
     return found
 
 
+PICTURES = ".png", ".jpg", ".pdf", ".svg"
 NAMES = "torchvision:NAME, timm:NAME, hf:NAME, open_clip:NAME/WEIGHTS or file.py:FUNCTION"
 FILE: dict[str, Any] = {"type": _picture, "metavar": "IMAGE"}
 FOLDER: dict[str, Any] = {"type": _folder, "metavar": "FOLDER"}
@@ -93,7 +103,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--reference": FILE | {"nargs": "+", "required": True, "help": "what to compare with"},
     "--gallery": FOLDER | {"help": "pictures; maps show what makes a match unlike these"},
     "--gallery!": FOLDER | {"help": "the pictures to search", "required": True},
-    "-k": {"type": int, "default": 5, "help": "how many hits (5)"},
+    "-k": {"type": _positive, "default": 5, "help": "how many hits (5)"},
     "--contrast": {"choices": ["others", "gallery"], "help": "unlike the others, or the gallery?"},
     "--model": {
         "default": "torchvision:resnet50",

@@ -6,6 +6,7 @@ import os
 import re
 import warnings
 from argparse import Namespace
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,23 @@ from fam_plugins.quality import evaluate
 __all__ = ["Run"]
 
 RANDOM = "RANDOM WEIGHTS: these maps mean nothing"
+
+
+class _Files:
+    """A folder's pictures by path: loaded when their turn comes, and named when they cannot be."""
+
+    def __init__(self, files: list[Path], load: Callable[[str], Tensor]) -> None:
+        self.ids, self._load = [str(file) for file in files], load
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, row: int) -> tuple[str, Tensor]:
+        try:
+            return self.ids[row], self._load(self.ids[row])
+        except Exception as error:
+            warnings.warn(f"left out: {error}", stacklevel=1)
+            raise
 
 
 class Run(Namespace):
@@ -69,9 +87,9 @@ class Run(Namespace):
         root = os.path.commonpath([file.parent for file in self.gallery])
         for number, query in enumerate(self.image, 1):
             ranked = [self.gallery[row] for row in model(self._load(query))[0].argsort().flip(0)]
-            hits = [file for file in ranked if not file.samefile(query)][: max(self.k, 0)]
+            hits = [file for file in ranked if not file.samefile(query)][: self.k]
             if not hits:
-                raise ValueError("no hits: the gallery holds the query alone, or -k is below 1")
+                raise ValueError("no hits: the gallery holds the query alone")
             found = explain_hits(self.encoder, self.layer, query, hits, **self.options)
             names, one = [os.path.relpath(hit, root) for hit in hits], found.source
             file = self.out / f"{number}-{query.stem}.png"
@@ -88,8 +106,8 @@ class Run(Namespace):
 
     def dataset(self) -> None:
         """Maps of a folder's pictures for each reference, in Parquet."""
-        items = ((str(file), self._load(file)[0].cpu()) for file in self.folder)
-        explain_dataset(self._explainer(), items, self.out)
+        items = _Files(self.folder, lambda file: self._load(file)[0].cpu())
+        explain_dataset(self._explainer(), items, self.out, on_error="record")
         print(self.out)
 
     def quality(self) -> None:

@@ -181,6 +181,24 @@ def test_dataset(run, photos, encoder):
     run("dataset", photos, "--reference", *references, "--rule", "additive")  # nothing left to do
 
 
+def test_a_broken_picture_is_named_and_the_others_are_explained(
+    photos, model, capsys, monkeypatch, tmp_path
+):
+    pytest.importorskip("pyarrow")
+    from fam_plugins.dataset import read_maps
+
+    whole = sorted(photos.rglob("*.png"))
+    (photos / "broken.png").write_bytes(whole[0].read_bytes()[:60])
+    monkeypatch.chdir(tmp_path)
+    reference = ["--reference", str(photos.parent / "red4.png")]
+    assert main(["dataset", str(photos), *reference, *model]) == 0
+    assert "left out: images: " in capsys.readouterr().err
+    rows = [*read_maps("maps")[1]]
+    assert {row["id"] for row in rows if row["error"] is None} == set(map(str, whole))
+    (failed,) = (row for row in rows if row["error"])
+    assert failed["id"] == str(photos / "broken.png")
+
+
 def test_quality(run, photos, monkeypatch):
     from fam_plugins.cli import commands
 

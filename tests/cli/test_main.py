@@ -34,6 +34,8 @@ def refused(capsys, *arguments):
         (["pair", "{red}", "{red}", "--rule", "centered"], "invalid choice: 'centered'"),
         (["pair", "{red}", "{red}", "--reference", "{red}"], "unrecognized arguments"),
         (["pair", "{red}", "{red}", "--weights", "no.pth"], "there is no file 'no.pth'"),
+        (["pair", "{red}", "{red}", "--out", "maps"], "--out must end in .png or"),
+        (["search", "{red}", "-k", "0", "--gallery", "{red}"], "must be at least 1, not 0"),
         (["search", "{red}"], "required: --gallery"),
         (["search", "{red}", "--gallery", "nowhere"], "no such folder, or no pictures in it"),
         (["map", "{red}"], "required: --reference"),
