@@ -49,7 +49,7 @@ def over(image, attribution, most):
     found = np.zeros((*values.shape, 3))
     for y, x in np.ndindex(*values.shape):
         share = float(values[y, x]) / most
-        grey = 0.15 + 0.75 * float(image.reshape(-1, *image.shape[-2:])[:, y, x].mean())
+        grey = 0.3 + 0.65 * float(image.reshape(-1, *image.shape[-2:])[:, y, x].mean())
         for channel in range(3):
             colour = (red if share < 0 else green)[channel]
             found[y, x, channel] = grey + 0.75 * abs(share) * (colour - grey)

@@ -98,7 +98,7 @@ class Overlay:
         colour = torch.where(share < 0, ends[0], ends[1])
         # Colours of the pure image end where they could be mistaken for those of the map.
         return torch.lerp(
-            (0.15 + 0.75 * grey)[..., None].expand(colour.shape), colour, 0.75 * share.abs()
+            (0.3 + 0.65 * grey)[..., None].expand(colour.shape), colour, 0.75 * share.abs()
         )
 
     def draw(self, axis: Axes, image: Tensor, attribution: Tensor, title: str = "") -> None:
