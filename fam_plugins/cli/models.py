@@ -124,7 +124,10 @@ def load_encoder(
         made = runpy.run_path(script)[factory]()
         encoder, transform = made if isinstance(made, tuple) else (made, None)
     if weights not in ("default", "none"):
-        state = torch.load(weights, map_location="cpu", weights_only=True)
+        if weights.endswith(".safetensors"):  # as hubs keep them
+            state = import_module("safetensors.torch").load_file(weights)
+        else:
+            state = torch.load(weights, map_location="cpu", weights_only=True)
         state = state.get("state_dict", state)  # also of a training checkpoint
         heads = tuple(f"{one}." for one in ([head] if isinstance(head, str) else head) if one)
         given = {key: value for key, value in state.items() if not key.startswith(heads)}

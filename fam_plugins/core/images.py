@@ -54,7 +54,7 @@ def load_images(images: Any, transform: Any = None, *, what: str = "images") -> 
                 "was trained with, such as weights.transforms(), or a normalised float tensor"
             )
         return images[None] if images.dim() == 3 and len(images) in (1, 3) else images
-    if isinstance(images, Tensor) and _normalised(images):
+    if _normalised(images):
         raise ValueError(
             f"{what} have negative values and there is a transform: if they are normalised "
             "already, leave transform= out; if not, pass them in [0, 1]"
@@ -102,7 +102,7 @@ def pictures(
         told: Any = {"mean": mean, "std": std, "transform": transform}
         found = [pictures(each, f"{what}[{i}]", **told) for i, each in enumerate(images)]
         return [picture for some in found for picture in some]
-    if transform is not None and not (isinstance(images, Tensor) and _normalised(images)):
+    if transform is not None and not _normalised(images):
         images = load_images(images, transform, what=what)
     if _is_file_or_pil(images):
         return [_opened(images, what)]
@@ -121,9 +121,12 @@ def pictures(
     return [*_unit_range(batch, what, slack=0.001 if undo is None else 0.25).expand(-1, 3, -1, -1)]
 
 
-def _normalised(images: Tensor) -> bool:
+def _normalised(images: Any) -> bool:
     """Whether values can only be those behind a normalisation: no picture has less than black."""
-    return images.is_floating_point() and bool((images < -1e-3).any())
+    if not isinstance(images, (Tensor, np.ndarray)):
+        return False
+    values = as_tensor(images, "images")
+    return values.is_floating_point() and bool((values < -1e-3).any())
 
 
 def _is_file_or_pil(given: Any) -> bool:

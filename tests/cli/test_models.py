@@ -170,6 +170,17 @@ def test_a_state_dict_of_another_network_is_refused_with_its_keys(tmp_path, mode
     load_encoder(model[1], str(file))
 
 
+def test_safetensors_are_weights_too(tmp_path, model):
+    safetensors = pytest.importorskip("safetensors.torch")
+    file = tmp_path / "weights.safetensors"
+    state = {
+        key: value + 1 for key, value in load_encoder(model[1], "default")[0].state_dict().items()
+    }
+    safetensors.save_file(state, file)
+    found = load_encoder(model[1], str(file))[0].state_dict()
+    assert all(torch.equal(found[key], value) for key, value in state.items())
+
+
 def test_a_script_gives_a_pair_or_is_told_to(model):
     encoder, transform = load_encoder(model[1], "default")
     assert not encoder.training

@@ -76,12 +76,12 @@ def compose(*parts):
 def test_a_normalisation_is_found_and_undone(transform):
     assert list(map(float, normalisation(transform)[0])) == MEAN
     for undo in ({"transform": transform}, {"mean": MEAN, "std": STD}):
-        for given in (NORMAL(UNIT), NORMAL(UNIT).permute(1, 2, 0), NORMAL(UNIT)[None]):
+        normalised = NORMAL(UNIT)
+        for given in (normalised, normalised.permute(1, 2, 0), normalised[None].numpy()):
             (picture,) = pictures(given, **undo)
             torch.testing.assert_close(picture, UNIT, rtol=0, atol=1e-6)
     (picture,) = pictures(BYTES, mean=MEAN, std=STD)  # bytes were never normalised
     torch.testing.assert_close(picture, UNIT)
-    torch.testing.assert_close(pictures(NORMAL(UNIT).numpy(), mean=MEAN, std=STD)[0], UNIT)
 
 
 def test_a_picture_is_drawn_as_the_encoder_saw_it(photo):
@@ -175,6 +175,7 @@ def test_what_can_be_read_in_two_ways_is_refused(given, message):
         (torch.from_numpy(BYTES), None, TypeError, "uint8.*weights.transforms"),
         ("no such.jpg", T.ToTensor(), FileNotFoundError, "no file 'no such.jpg'"),
         (NORMAL(UNIT), T.ToTensor(), ValueError, "leave transform= out"),
+        (NORMAL(UNIT).numpy(), T.ToTensor(), ValueError, "leave transform= out"),
         (BYTES, T.Resize(4), TypeError, "what the transform makes of images"),
         ([BYTES, BYTES[:5]], T.ToTensor(), ValueError, r"one size \[C, H, W\].*Resize"),
         (object(), T.ToTensor(), TypeError, "images must be a tensor"),

@@ -633,8 +633,8 @@ IMAGES = of(
     ("batch = batch.float() * scale + center", "batch = (batch.float() + center) * scale"),
     ("if low >= 0 and 16 <= high <= 255:", "if low >= 0 and 2 <= high <= 255:"),
     ("reversed(found_inside)", "found_inside[:1]"),
-    ("if transform is not None and not (", "if False and not ("),
-    ("isinstance(images, Tensor) and _normalised(images):\n        raise", "False:\n        raise"),
+    ("if transform is not None and not _normalised(images):", "if False:"),
+    ("    if _normalised(images):\n        raise", "    if False:\n        raise"),
 )  # fmt: skip
 
 HITS = of(
