@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -249,8 +249,8 @@ def plot_retrieval(
         >>> len(figure.axes)  # a grid of 3 x 4 and the colour bar
         13
     """
-    # A text has no maps of its own; a path that has none either is still the path of a picture.
-    text = isinstance(query, str) and query_maps is None and not os.path.isfile(query)
+    # A text has no maps of its own, and does not end as the name of a file does.
+    text = isinstance(query, str) and query_maps is None and not re.search(r"\.\w+$", query)
     asked = None if text else one_picture(query, "query", **undo)
     found = _shown(hits, "hits", **undo)
     count = (len(found),)

@@ -234,6 +234,7 @@ RETRIEVAL = [
     works("scores one by one", retrieval(scores=[torch.tensor(0.9), torch.tensor(0.8)])),
     refused("a batch of queries", retrieval(BATCH), ValueError, "query holds 2 images"),
     refused("query None", retrieval(None), TypeError, "query must be a tensor"),
+    refused("a misspelt file", retrieval("qery.jpg", ours=None), FileNotFoundError, "no file"),
     refused("maps of a text", retrieval("a red car"), FileNotFoundError, "no file 'a red car'"),
     refused("hits None", retrieval(hits=None), TypeError, "hits must be a tensor"),
     refused("one hit alone", retrieval(hits=A), ValueError, "query_maps has shape"),

@@ -181,10 +181,11 @@ RULES = of(
     ("(low != 0).to(low))", "torch.zeros_like(low))"),
     ("activations.sum(dim=2)[:, None]", "activations.amax(dim=2)[:, None]"),
     ("return gradients.mean(dim=3, keepdim=True)", "return gradients.sum(dim=3, keepdim=True)"),
-    ("maps - maps.mean(dim=-1, keepdim=True)", "maps - maps.mean()"),
     ("if shape not in ((*wanted, 1), (*wanted, regions)):", "if shape[:-1] != wanted:"),
     ("            centred=True,\n", ""),
 )  # fmt: skip
+RULES += of("core/maps.py", "core/test_rules.py",
+            ("maps - maps.mean(dim=-1, keepdim=True)", "maps - maps.mean()"))  # fmt: skip
 RULES += of(
     "core/rules.py",
     "contracts/test_identities.py",
@@ -610,7 +611,7 @@ PLOTS = of(
     ('"in the query": [asked] * len(found), "in the hit": found',
      '"in the hit": [asked] * len(found), "in the query": found'),
     ("numbers[i].argmax()", "numbers[i].argmin()"),
-    ("and not os.path.isfile(query)", ""),
+    ('and not re.search(r"\\.\\w+$", query)', ""),
 )  # fmt: skip
 PLOTS += of(
     "plots/figure.py",
@@ -635,6 +636,34 @@ IMAGES = of(
     ("reversed(found_inside)", "found_inside[:1]"),
     ("if transform is not None and not _normalised(images):", "if False:"),
     ("    if _normalised(images):\n        raise", "    if False:\n        raise"),
+)  # fmt: skip
+
+CLI = of(
+    "cli/models.py",
+    "cli/test_models.py cli/test_main.py",
+    ("if names and stem not in names:", "if False:"),
+    ("if not any(wanted in", "if False and not any(wanted in"),
+    ('os.environ["HF_HUB_OFFLINE"] = "1"', "pass"),
+    ("if missing or more:", "if missing:"),
+    ("t.Resize(side * 8 // 7)", "t.Resize(side)"),
+    ("return encoder.eval(), transform", "return encoder, transform"),
+)  # fmt: skip
+CLI += of(
+    "cli/sheet.py",
+    "cli/test_sheet.py",
+    ("<h2>{escape(query)}</h2>", "<h2>{query}</h2>"),
+    ("at + 1, ArrowDown", "at - 1, ArrowDown"),
+    ('tabindex="0"', ""),
+)  # fmt: skip
+CLI += of(
+    "cli/commands.py",
+    "cli/test_commands.py",
+    (".argsort().flip(0)", ".argsort()"),
+    ("if not file.samefile(query)", ""),
+    ("part.replace(file)", "part.rename(file.with_suffix('.x'))"),
+    ("sides = names, one.b, found.query_maps, found.hit_maps",
+     "sides = names, one.b, found.hit_maps, found.query_maps"),
+    ("made.suptitle(RANDOM", "print(RANDOM"),
 )  # fmt: skip
 
 HITS = of(
@@ -771,5 +800,5 @@ DATASET = of(
 MUTANTS = [
     *SIMILARITY, *SCORES, *REFERENCES, *CONTRAST, *OWN_NORM, *TAILS, *DECOMPOSE, *SMOOTH, *RULES,
     *MAPS, *MANY, *LAYER_PASS, *TRANSFORMS, *ENCODERS, *OTHERS_OF_CORE, *CAPTUM, *GRAD_CAM, *CAPE,
-    *INTEROP, *IMAGES, *PLOTS, *HITS, *PAIR, *QUALITY, *EXPORT, *DATASET,
+    *INTEROP, *IMAGES, *CLI, *PLOTS, *HITS, *PAIR, *QUALITY, *EXPORT, *DATASET,
 ]  # fmt: skip
