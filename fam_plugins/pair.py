@@ -192,7 +192,7 @@ def explain_pair(
             :class:`~fam_plugins.SimilarityModel` takes.
         rule: ``"additive"``, ``"centred"``, ``"fam"``, ``"gradcam"`` or a
             :class:`~fam_plugins.Rule`.
-        contrast: Embeddings ``[M, D]``, images, a list of files or
+        contrast: Embeddings ``[M, D]``, images, a list of files or PIL images, or
             :func:`~fam_plugins.gallery_mean`: the mean similarity to them is subtracted from the
             score of each image. Images are a further forward pass. Pass
             ``gallery_mean(encoder, loader)``: without a contrast, maps on pooled ReLU features are

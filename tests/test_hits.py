@@ -111,6 +111,8 @@ def test_a_pair_of_files_becomes_a_picture_in_one_line(files):
         rule="centred", contrast=TO_TENSOR(Image.open(c))[None],
     )  # fmt: skip
     torch.testing.assert_close(pair.map_a, expected.map_a)
+    opened = explain_pair(net, "last", a, b, **options | {"contrast": [Image.open(c)]})
+    assert torch.equal(opened.map_a, pair.map_a)
     figure = pair.plot()
     assert [axis.get_title() for axis in figure.axes[:2]] == ["q.png", "x.png"]
     assert figure.get_suptitle() == f"score {float(pair.score):.3f}"

@@ -14,7 +14,7 @@ from fam_plugins.core.encoders import pixels_of
 from fam_plugins.core.references import as_tensor
 from fam_plugins.core.scores import check_floats
 
-__all__ = ["load_images", "names_of", "normalisation", "pictures"]
+__all__ = ["is_file_or_pil", "load_images", "names_of", "normalisation", "pictures"]
 
 
 def load_images(images: Any, transform: Any = None, *, what: str = "images") -> Tensor:
@@ -97,14 +97,14 @@ def pictures(
     """
     if isinstance(images, Mapping):
         images = pixels_of(images, what)[0]
-    one = _is_file_or_pil(images) or isinstance(images, (Tensor, np.ndarray))
+    one = is_file_or_pil(images) or isinstance(images, (Tensor, np.ndarray))
     if isinstance(images, Iterable) and not one and not _is_nested_numbers(images):
         told: Any = {"mean": mean, "std": std, "transform": transform}
         found = [pictures(each, f"{what}[{i}]", **told) for i, each in enumerate(images)]
         return [picture for some in found for picture in some]
     if transform is not None and not _normalised(images):
         images = load_images(images, transform, what=what)
-    if _is_file_or_pil(images):
+    if is_file_or_pil(images):
         return [_opened(images, what)]
     pixels = as_tensor(images, what).detach().cpu()
     if pixels.is_complex():
@@ -129,7 +129,8 @@ def _normalised(images: Any) -> bool:
     return values.is_floating_point() and bool((values < -1e-3).any())
 
 
-def _is_file_or_pil(given: Any) -> bool:
+def is_file_or_pil(given: Any) -> bool:
+    """Whether it is a path or a PIL image, which a transform makes a tensor of."""
     return isinstance(given, (str, os.PathLike)) or hasattr(given, "getexif")
 
 

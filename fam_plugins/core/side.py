@@ -16,7 +16,7 @@ from fam_plugins.core.contrast import Contrast, GalleryMean, reduced
 from fam_plugins.core.decompose import region_sum, warn_of_coverage
 from fam_plugins.core.encoders import as_encoder
 from fam_plugins.core.eval_mode import eval_mode
-from fam_plugins.core.images import load_images, names_of, normalisation
+from fam_plugins.core.images import is_file_or_pil, load_images, names_of, normalisation
 from fam_plugins.core.joint import LinearTail
 from fam_plugins.core.maps import MapPass, check_tail
 from fam_plugins.core.messages import warn_once
@@ -116,7 +116,7 @@ def comparison(
             f"there are {len(a)} images a and {len(b)} images b: pass one b for each a; for one "
             "image and many, explain_hits"
         )
-    if isinstance(contrast, (list, tuple)) and names_of(contrast):
+    if isinstance(contrast, (list, tuple)) and contrast and is_file_or_pil(contrast[0]):
         contrast = at_home(load_images(contrast, transform, what="contrast"), encoder, "contrast")
     if contrast is None and rule is not RULES["fam"]:  # which a contrast would not help
         warn_once(
