@@ -25,7 +25,6 @@ import matplotlib
 
 matplotlib.use("Agg")
 
-import numpy as np
 import pretrained
 import torch
 import torch.nn.functional as F
@@ -84,13 +83,7 @@ def photographs() -> dict[str, Tensor]:
     for name in DISTRACTORS:
         found = getattr(data, name)()
         named[name] = found[0] if isinstance(found, tuple) else found
-    return {name: as_tensor(pixels) for name, pixels in named.items()}
-
-
-def as_tensor(pixels: np.ndarray) -> Tensor:
-    """Pixels ``[H, W]`` or ``[H, W, 3]``, bytes or booleans, as ``[3, H, W]`` in [0, 1]."""
-    image = torch.from_numpy(pixels.astype(np.float32)) / (1 if pixels.dtype == bool else 255)
-    return image[None].expand(3, -1, -1) if image.dim() == 2 else image.permute(2, 0, 1)
+    return {name: load_images(pixels, ToTensor())[0] for name, pixels in named.items()}
 
 
 def crop(photograph: Tensor, box: Box, size: int) -> Tensor:

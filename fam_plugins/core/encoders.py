@@ -72,6 +72,12 @@ def pick_embeddings(output: Any, field: Output = None) -> Any:
     By default ``image_embeds`` or ``text_embeds``, else ``pooler_output``; ``[B, D, 1, 1]`` is
     flattened.
     """
+    found = _picked(output, field)
+    pooled = isinstance(found, Tensor) and found.shape[2:] == (1, 1)
+    return found.flatten(1) if pooled else found
+
+
+def _picked(output: Any, field: Output) -> Any:
     if callable(field) or (field is None and isinstance(output, Tensor)):
         return field(output) if callable(field) else output
     # Objects of transformers are mappings of what they hold, others have attributes.
@@ -80,7 +86,7 @@ def pick_embeddings(output: Any, field: Output = None) -> Any:
     for name in (field,) if field else ("image_embeds", "text_embeds", "pooler_output"):
         found = known.get(name)
         if isinstance(found, Tensor):
-            return found.flatten(1) if found.dim() == 4 and found.shape[2:] == (1, 1) else found
+            return found
     listed = ", ".join(str(name) for name, value in known.items() if value is not None)
     raise TypeError(
         f"the encoder returns a {type(output).__name__}{listed and f' of {listed}'}, "

@@ -236,7 +236,6 @@ def embed(
     embeddings = pick_embeddings(given, output)
     if not isinstance(embeddings, Tensor):
         raise TypeError(f"output= picks a {type(embeddings).__name__}, not a tensor [B, D]")
-    embeddings = embeddings.flatten(1) if embeddings.shape[2:] == (1, 1) else embeddings
     shape = embeddings.shape
     if len(shape) != 2:
         raise ValueError(

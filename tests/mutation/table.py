@@ -284,7 +284,7 @@ ENCODERS = [
         ("        return encoder.get_image_features\n", "        return encoder\n"),
         ('("image_embeds", "text_embeds", "pooler_output")',
          '("pooler_output", "text_embeds", "image_embeds")'),
-        ("found.dim() == 4 and found.shape[2:] == (1, 1)", "found.dim() == 4"),
+        ("and found.shape[2:] == (1, 1)", "and found.dim() == 4"),
         ('"pixel_values", "pixel_attention_mask", "spatial_shapes"',
          '"pixel_attention_mask", "pixel_values", "spatial_shapes"'),
         (' and hasattr(model, "encode_text")', ""),
@@ -308,8 +308,12 @@ ENCODERS = [
         ("return two and not three", "return not three"),
         (' and not hasattr(getattr(encoder, "config", None), "num_frames")', ""),
         ("images.dim() == 5 and takes_images_only", "images.dim() >= 4 and takes_images_only"),
-        ("embeddings.shape[2:] == (1, 1)", "len(embeddings.shape) == 4"),
-        ("embeddings.flatten(1) if", "embeddings if"),
+    ),
+    *of(
+        "core/encoders.py",
+        "core/test_lightly.py",
+        ("and found.shape[2:] == (1, 1)", "and found.dim() == 4"),
+        ("return found.flatten(1) if", "return found if"),
     ),
     *of(
         "core/similarity_model.py",
